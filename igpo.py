@@ -1,0 +1,1194 @@
+"""IGPO in one file: train a language-model agent that searches over several turns.
+
+Information Gain-based Policy Optimization (Wang et al., arXiv 2510.14967 v2, ICLR 2026). Equation numbers are theirs.
+
+The policy answers a question in turns. A turn is *think, then search*, or, the last one, *think, then answer*:
+
+    prompt <think> .. </think> <search> query </search>   <information> passages </information>
+           <think> .. </think> <answer> words </answer>
+
+  1. rollout()       sample G rollouts for each question; that is one group.
+  2. score()         after every turn ask the policy itself, by teacher forcing, how likely the gold answer has become:
+                     the belief b_t (Eq. 3). The same forward gives the old log-probs of the sampled tokens.
+  3. info_gains()    the reward of turn t is what its search added: r_t = b_t - b_{t-1} (Eq. 4). The last turn's reward is
+                     the F1 of the answer (Eq. 2).
+  4. turn_returns()  both kinds normalised within the group (Eq. 5), then summed from each turn to the end (Eq. 6).
+  5. policy_loss()   PPO-clip with a KL to the reference, on the tokens the policy wrote (Eq. 7).
+
+Where we depart from the paper on purpose (the README compares paper, official code and this file):
+  1. The environment opens `<think>` at every turn, so that the belief is read under the very schema the policy answers in.
+  2. The belief is that of the first gold alias, cut at 32 tokens; F1 takes the best alias.
+  3. LoRA instead of full fine-tuning: the reference policy is the same model with its adapter switched off.
+  4. A rollout cut at max_turns, or by a broken format, keeps the gains of the turns before.
+  5. `--norm` has a form that the paper has not, and it is the default: see `turn_rewards`.
+
+    python igpo.py                                        the embedded demo: offline, on a laptop
+    python igpo.py --model Qwen2.5-1.5B-Instruct          the same program on a GPU
+    python igpo.py --explain                              Eq. 2-7 on one question, with the numbers that occur
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import string
+import sys
+import time
+import unicodedata
+import warnings
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StoppingCriteria,
+                          StoppingCriteriaList)
+from transformers.utils import logging as transformers_logging
+
+from search_tool import Passage, SearchError, clean_query, clean_text, open_search
+
+HERE = Path(__file__).resolve().parent
+transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")    # PEFT asks by the old name
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    """Every option. `python igpo.py --help` is made from this; the values in force are saved as config.json."""
+    # what to train, and on what
+    model: str = field(default="", metadata={"help": "hub id, bare name (Qwen2.5-1.5B-Instruct), folder or .gguf file; empty: demo/policy"})
+    train: str = field(default="demo/train.jsonl", metadata={"help": "training questions, jsonl"})
+    dev: str = field(default="demo/dev.jsonl", metadata={"help": "questions for the periodic greedy evaluation, jsonl"})
+    search: str = field(default="bm25:demo/corpus.jsonl", metadata={"help": "search back end, see search_tool.py"})
+    search_cache: str = field(default="on", metadata={"help": "disk cache of network back ends: on, off, or only (answer from the cache alone)", "choices": ["on", "off", "only"]})
+    out: str = field(default="", metadata={"help": "run folder; empty: runs/<model>-<credit>-seed<seed>"})
+    resume: str = field(default="", metadata={"help": "run folder to go on with"})
+    seed: int = field(default=0, metadata={"help": "seed of sampling, data order and LoRA init"})
+    steps: int = field(default=200, metadata={"help": "training steps"})
+    # episode
+    questions: int = field(default=8, metadata={"help": "questions per step"})
+    group: int = field(default=8, metadata={"help": "rollouts per question (G), at least 2"})
+    max_turns: int = field(default=5, metadata={"help": "turns per rollout, the answer included"})
+    max_new_tokens: int = field(default=256, metadata={"help": "tokens the policy may write in one turn"})
+    top_k: int = field(default=3, metadata={"help": "passages per search"})
+    max_info_tokens: int = field(default=500, metadata={"help": "tokens of search results shown per turn"})
+    temperature: float = field(default=1.0, metadata={"help": "sampling temperature, also used in scoring; 0: greedy"})
+    max_failed_searches: float = field(default=0.5, metadata={"help": "share of a step's searches that may fail before the run stops"})
+    format_penalty: float = field(default=-2.0, metadata={"help": "outcome of a rollout that breaks the format (lambda_fmt, Eq. 2)"})
+    # credit
+    credit: str = field(default="igpo", metadata={"help": "reward: igpo, ig (gains only), grpo (outcome only)", "choices": ["igpo", "ig", "grpo"]})
+    gain: str = field(default="logprob", metadata={"help": "information gain in log-probability (v2) or probability (v1)", "choices": ["logprob", "prob"]})
+    norm: str = field(default="scale", metadata={"help": "Eq. 5: separate (paper v2), joint (paper v1), turn (gains pooled per turn), scale (separate, gains not centred)", "choices": ["separate", "joint", "turn", "scale"]})
+    gamma: float = field(default=1.0, metadata={"help": "discount over turns (Eq. 6)"})
+    curriculum: bool = field(default=False, metadata={"help": "outcome weight .5 -> 1 and gain weight 1 -> .5 over training"})
+    belief: str = field(default="policy", metadata={"help": "who is asked for the belief: policy, or reference (adapter off)", "choices": ["policy", "reference"]})
+    # update
+    lr: float = field(default=2e-5, metadata={"help": "learning rate of AdamW"})
+    ppo_epochs: int = field(default=1, metadata={"help": "passes over each step's rollouts"})
+    minibatches: int = field(default=1, metadata={"help": "optimizer updates per pass"})
+    clip: float = field(default=0.2, metadata={"help": "clip range of the ratio (epsilon, Eq. 7)"})
+    kl_coef: float = field(default=0.001, metadata={"help": "weight of the KL to the reference (beta, Eq. 7)"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradient norm is clipped to this"})
+    lora_rank: int = field(default=16, metadata={"help": "LoRA rank, on all linear layers"})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale is alpha / rank"})
+    # machine
+    dtype: str = field(default="auto", metadata={"help": "auto: bfloat16 on CUDA, else float32", "choices": ["auto", "float32", "bfloat16"]})
+    rollout_batch: int = field(default=64, metadata={"help": "rollouts generated at once"})
+    batch_tokens: int = field(default=8192, metadata={"help": "padded tokens per forward in scoring and update"})
+    gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the update: slower, far less memory"})
+    # what is kept
+    eval_every: int = field(default=10, metadata={"help": "steps between evaluations on the dev questions; 0: never"})
+    eval_questions: int = field(default=200, metadata={"help": "dev questions used"})
+    save_every: int = field(default=1, metadata={"help": "steps between checkpoints"})
+    show_every: int = field(default=20, metadata={"help": "steps between printed transcripts; 0: never"})
+
+
+# The embedded policy has 1M parameters and reads a page a turn: what it needs otherwise stands here and nowhere else.
+DEMO = dict(model="demo/policy", steps=60, max_turns=6, max_new_tokens=32, top_k=1, max_info_tokens=100,
+            lr=1e-3, batch_tokens=16384, gradient_checkpointing=False)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+class UserError(Exception):
+    """Something the user can mend. main() prints its one line and exits with status 2."""
+
+
+@dataclass
+class Rollout:
+    """One trajectory. ids, mask and turns have one entry per token; T turns give T boundaries.
+
+    The forced `<think>` that ends a prompt or an information block lies before the boundary.
+    """
+    ids: list[int]                                            # prompt, then policy text and forced text in turn
+    mask: list[int]                                           # 1: written by the policy, 0: forced (prompt, search results)
+    turns: list[int]                                          # turn of each token from 0; results belong to the turn that asked; prompt: -1
+    boundaries: list[int]                                     # prefix lengths at which b_0 .. b_{T-1} are read; the first is the prompt's
+    answer: str | None = None                                 # what stands in <answer>, None if there is none
+    stop: str = ""                                            # answer | format | length | turns
+    queries: list[str] = field(default_factory=list)          # one per search
+    retrieved: list[list[Passage]] = field(default_factory=list)  # what each search brought
+    errors: list[str] = field(default_factory=list)           # error text of each search, "" where it worked
+
+    def write(self, ids: list[int], by_policy: bool, turn: int) -> None:
+        """Append tokens and what is known of them in one place, so that the three lists cannot drift apart."""
+        self.ids += ids
+        self.mask += [int(by_policy)] * len(ids)
+        self.turns += [turn] * len(ids)
+
+    @property
+    def policy_turns(self) -> list[int]:
+        """Turn of each token the policy wrote, in order."""
+        return [t for t, m in zip(self.turns, self.mask) if m]
+
+
+def load_questions(path: str) -> list[dict]:
+    """Read jsonl: {"question", "answers": [..]} and optionally "id", "supporting"; FlashRAG's "golden_answers" is read too.
+
+    Raises UserError with file and line for what cannot be used.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file. It should be jsonl with a question and its answers on each line.")
+    rows = []
+    with open(path, encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as e:
+                raise UserError(f"{path}:{number}: not JSON ({e}).") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: a line must be an object like {{\"question\": .., \"answers\": [..]}}.")
+            answers = row.get("answers", row.get("golden_answers"))
+            answers = [answers] if isinstance(answers, str) else answers
+            if not isinstance(row.get("question"), str) or not row["question"].strip():
+                raise UserError(f"{path}:{number}: field \"question\" is missing or is not text.")
+            if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+                raise UserError(f"{path}:{number}: field \"answers\" is missing or is not a list of texts.")
+            answers = [a for a in answers if a.strip()]
+            if not answers:
+                raise UserError(f"{path}:{number}: no gold answer that is not empty.")
+            rows.append({**row, "id": str(row.get("id", number)), "answers": answers})
+    if not rows:
+        raise UserError(f"{path}: no questions in it.")
+    return rows
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+INSTRUCTION = """Answer the question. You can search, and what you need to know is to be found by searching.
+Work in turns. First reason between <think> and </think>. Then do one of two things:
+- search: <search> what to look for </search>. The results come back between <information> and </information>, and the next turn begins.
+- answer: <answer> the answer in a few words, nothing else </answer>. This ends the task.
+Search for one thing at a time, read what came back, and answer as soon as you know."""
+
+SCHEMA = "\nNow there's enough information to answer.\n</think>\n<answer>\n"   # the belief is read under this (paper, section 3.2)
+MAX_GOLD_TOKENS = 32
+TURN = re.compile(r"\s*(?:<think>)?(?P<think>.*?)</think>\s*<(?P<action>search|answer)>(?P<content>.*?)</(?P=action)>\s*", re.DOTALL)
+TAG = re.compile(r"</?(?:think|search|answer|information)>")
+
+
+def encode(tokenizer, text: str, data: bool = False) -> list[int]:
+    """Token ids of text. data=True: whatever it holds, it cannot become a control token of the chat template."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=data)
+
+
+def encode_prompt(tokenizer, question: str) -> list[int]:
+    """The question in the model's chat template, the assistant's message and its think tag opened.
+
+    Base models without a template get plain text, templates that refuse a system message (Gemma) one message. The question
+    is data: it is tokenised apart from the template around it.
+    """
+    slot = "@QUESTION@"
+    if tokenizer.chat_template:
+        system, user = {"role": "system", "content": INSTRUCTION}, {"role": "user", "content": slot}
+        try:
+            text = tokenizer.apply_chat_template([system, user], tokenize=False, add_generation_prompt=True)
+        except Exception:  # each template raises its own way
+            user["content"] = f"{INSTRUCTION}\n\n{slot}"
+            text = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    else:
+        text = f"{tokenizer.bos_token or ''}{INSTRUCTION}\n\nQuestion: {slot}\n\n"
+    if not text.rstrip().endswith("<think>"):
+        text += "<think>"
+    before, after = text.split(slot)
+    return encode(tokenizer, before) + encode(tokenizer, question, data=True) + encode(tokenizer, after)
+
+
+def encode_information(tokenizer, passages: list[Passage], error: str | None, max_tokens: int) -> list[int]:
+    """What the environment writes after a search, up to the open think tag of the next turn.
+
+    Passages are cleaned, so that no tag of ours survives in them, and tokenised as data.
+    """
+    if error:
+        body = f"search failed: {clean_text(error, 200)}"
+    else:
+        body = "\n".join(f"({i}) {clean_text(p.title, 200)}: {clean_text(p.text, 4000)}" for i, p in enumerate(passages, 1)) or "nothing found"
+    return (encode(tokenizer, "\n<information>\n") + encode(tokenizer, body, data=True)[:max_tokens]
+            + encode(tokenizer, "\n</information>\n<think>"))
+
+
+def encode_gold(tokenizer, gold: str | list[str]) -> list[int]:
+    """Tokens of the first gold alias, cut at MAX_GOLD_TOKENS."""
+    gold = gold if isinstance(gold, str) else gold[0]
+    return encode(tokenizer, gold.strip(), data=True)[:MAX_GOLD_TOKENS]
+
+
+def parse_turn(text: str) -> tuple[str, str] | None:
+    """The action of a turn's text, ("search", query) or ("answer", words), or None if the format is broken.
+
+    >>> parse_turn(" I need more.</think><search> Tavo </search>")
+    ('search', 'Tavo')
+    >>> parse_turn("<search> Tavo </search>") is None       # no thought
+    True
+    >>> parse_turn(" a </think> b <answer> Tavo </answer>") is None       # text between thought and action
+    True
+    """
+    m = TURN.fullmatch(text)
+    if not m or TAG.search(m["think"]) or TAG.search(m["content"]) or not m["content"].strip():
+        return None
+    return m["action"], m["content"].strip()
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+FAMILIES = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "llama": "meta-llama", "gemma": "google", "mistral": "mistralai", "phi": "microsoft"}
+
+
+def load_model(cfg: Config):
+    """(model with a fresh LoRA adapter, tokenizer), on the best device there is. Raises UserError."""
+    name, options = locate(cfg.model), {}
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise UserError(f"--model {name}: no such file.")
+        name, options = str(Path(name).parent), {"gguf_file": Path(name).name}
+    elif not Path(name).is_dir() and "/" not in name:
+        owner = next((owner for family, owner in FAMILIES.items() if name.lower().startswith(family)), None)
+        if owner is None:
+            raise UserError(f"--model {name}: neither a folder here nor a family I know ({', '.join(FAMILIES)}). Give the hub id, owner/name.")
+        name = f"{owner}/{name}"
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
+             "auto": torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32}[cfg.dtype]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **options)
+    except ImportError as e:
+        raise UserError(f"--model {cfg.model}: {first_line(e)}") from None
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"--model {cfg.model}: could not load {name} ({first_line(e)}). Offline, give a folder that holds config.json, "
+                        "the safetensors and the tokenizer, or a .gguf file.") from None
+    if options and hasattr(lm, "hf_quantizer"):  # the weights are plain floats now; the label would make PEFT think otherwise
+        del lm.hf_quantizer, lm.config.quantization_config
+    if tokenizer.pad_token_id is None:  # padding is known by length, so any id will do
+        tokenizer.pad_token = tokenizer.eos_token
+    if cfg.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(cfg.seed)
+    lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(lm.to(device), lora).eval(), tokenizer
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def unwrap(model):
+    """The Hugging Face causal LM inside a PEFT model (LoRA layers stay in it), or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def reference(model):
+    """Within this context the model is the reference policy: the adapter is off."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
+
+
+# ---- rollout ---------------------------------------------------------------------------------------------------------
+
+class TurnEnd(StoppingCriteria):
+    """Ends a row at </search>, </answer> or the end-of-sequence token, and notes its length: padding is known by length."""
+
+    def __init__(self, tokenizer, start: int, rows: int, eos: set[int]):
+        self.tokenizer, self.start, self.eos = tokenizer, start, eos
+        self.length = [0] * rows          # tokens written by the row, its stop token included
+        self.done = [False] * rows
+        self.closers = {i for t, i in tokenizer.get_vocab().items() if ">" in t}   # only these can finish a tag
+
+    def __call__(self, input_ids, scores, **kwargs):
+        width = input_ids.shape[1] - self.start
+        for row, last in enumerate(input_ids[:, -1].tolist()):
+            if not self.done[row]:
+                self.length[row] = width
+                text = self.tokenizer.decode(input_ids[row, -min(width, 16):]) if last in self.closers else ""
+                self.done[row] = last in self.eos or "</search>" in text or "</answer>" in text
+        return torch.tensor(self.done, device=input_ids.device)
+
+
+def left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both (B, longest)."""
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(r)) + r for r in rows]
+    mask = [[0] * (width - len(r)) + [1] * len(r) for r in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, questions: list[dict], search, cfg: Config) -> list[Rollout]:
+    """Sample cfg.group rollouts for each question, all turns. Question-major: group i is [i * G : (i + 1) * G].
+
+    Only temperature shapes the sampling (cfg.temperature = 0: greedy), so that score() sees the same distribution. The KV
+    cache lives across turns: only new text is read, and rows that ended leave the batch and the cache.
+    """
+    prompts = [encode_prompt(tokenizer, q["question"]) for q in questions for _ in range(cfg.group)]
+    rollouts = [Rollout(list(p), [0] * len(p), [-1] * len(p), [len(p)]) for p in prompts]
+    for first in range(0, len(rollouts), cfg.rollout_batch):
+        _rollout_batch(unwrap(model), tokenizer, rollouts[first:first + cfg.rollout_batch], search, cfg)
+    return rollouts
+
+
+def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> None:
+    eos = lm.generation_config.eos_token_id
+    eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    context = getattr(lm.config, "max_position_embeddings", None) or 10**9
+    # All that the checkpoint's own generation defaults hold (top_k, top_p, repetition_penalty ..) would make the sampled
+    # distribution differ from the scored one, so they are replaced as a whole; top_k = 0 because the library's default is 50.
+    shape = {"do_sample": True, "temperature": cfg.temperature, "top_k": 0, "top_p": 1.0} if cfg.temperature > 0 else {"do_sample": False}
+    sampling = GenerationConfig(**shape, max_new_tokens=cfg.max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(eos), use_cache=True)
+    checkpoints_defaults, lm.generation_config = lm.generation_config, sampling
+    cache = DynamicCache(config=lm.config)
+    ids, seen = left_pad([r.ids for r in live], tokenizer.pad_token_id, lm.device)       # (B, P) physical slots; 1: holds a token
+    try:
+        for turn in range(cfg.max_turns):
+            end = TurnEnd(tokenizer, ids.shape[1], len(live), eos)
+            out = lm.generate(ids, attention_mask=seen, past_key_values=cache, generation_config=sampling, stopping_criteria=StoppingCriteriaList([end]))
+            written = [row[:n] for row, n in zip(out[:, ids.shape[1]:].tolist(), end.length)]
+            asking = []                                                               # rows that search and go on
+            for row, (r, new) in enumerate(zip(live, written)):
+                r.write(new, True, turn)
+                action = parse_turn(tokenizer.decode(new))
+                if action is None:
+                    r.stop = "format" if end.done[row] else "length"
+                elif action[0] == "answer":
+                    r.stop, r.answer = "answer", action[1]
+                elif turn == cfg.max_turns - 1:
+                    r.stop = "turns"
+                else:
+                    r.queries.append(clean_query(action[1]))
+                    asking.append(row)
+            blocks = []
+            for row, found in zip(asking, search.search_many([live[row].queries[-1] for row in asking], cfg.top_k) if asking else []):
+                r, error = live[row], getattr(found, "error", None)
+                r.retrieved.append(list(found))
+                r.errors.append(error or "")
+                blocks.append(encode_information(tokenizer, found, error, cfg.max_info_tokens))
+                if len(r.ids) + len(blocks[-1]) + cfg.max_new_tokens > context:
+                    r.stop = "length"                                                   # no room for another turn
+                else:
+                    r.write(blocks[-1], False, turn)
+                    r.boundaries.append(len(r.ids))
+            keep = [k for k, row in enumerate(asking) if not live[row].stop]
+            if not keep:
+                return
+            # Next turn: the rows that go on, with holes where a shorter row stopped writing (mask 0; positions count the 1s).
+            rows = torch.tensor([asking[k] for k in keep], device=ids.device)
+            lengths = torch.tensor([end.length[asking[k]] for k in keep], device=ids.device)
+            fresh = (torch.arange(out.shape[1] - ids.shape[1], device=ids.device) < lengths[:, None]).long()
+            block, block_seen = left_pad([blocks[k] for k in keep], tokenizer.pad_token_id, ids.device)
+            ids, seen = torch.cat([out[rows], block], 1), torch.cat([seen[rows], fresh, block_seen], 1)
+            cache.batch_select_indices(rows)
+            live = [live[asking[k]] for k in keep]
+    finally:
+        lm.generation_config = checkpoints_defaults
+
+
+# ---- belief and log-probs --------------------------------------------------------------------------------------------
+
+def token_logps(lm, rows: list[dict], temperature: float, chunk: int = 1024) -> list[torch.Tensor]:
+    """log pi of chosen tokens: the one function for policy, old policy, reference and belief.
+
+    Each row is {"ids", "positions", "segment", "limit", "targets"}; the token at index j of "targets" is predicted from the
+    token before it. Token q sees token k <= q if k is of the same segment, or of segment 0 (the trajectory) and k < limit[q].
+    Returns per row an fp32 tensor (len(targets),). Only the targets pass the LM head, in chunks that are recomputed in the
+    backward, so that (length x vocabulary) is never held.
+
+    Two rollout tokens r, and a probe p of two tokens read after the first of them (limit 1), as `one_pass` lays them out:
+
+        ids        r0 r1 p0 p1          p0 sees r0 and itself, p1 sees r0, p0 and itself
+        positions   0  1  1  2          as if the probe stood where r1 stands
+        segment     0  0  1  1
+        limit       2  2  1  1
+    """
+    device, width = lm.device, max(len(r["ids"]) for r in rows)
+
+    def column(key, fill):
+        return torch.tensor([r[key] + [fill] * (width - len(r["ids"])) for r in rows], device=device)
+    segment, limit, k = column("segment", -1), column("limit", 0), torch.arange(width, device=device)
+    visible = (k[None, None, :] <= k[None, :, None]) & (                                              # (B, query, key)
+        (segment[:, None, :] == segment[:, :, None]) | ((segment[:, None, :] == 0) & (k[None, None, :] < limit[:, :, None])))
+    mask = torch.zeros(visible.shape, dtype=lm.dtype, device=device).masked_fill_(~visible, torch.finfo(lm.dtype).min)
+    hidden = lm.base_model(input_ids=column("ids", 0), position_ids=column("positions", 0), attention_mask=mask[:, None], use_cache=False)[0]  # (B, width, H)
+    index = [(b, j) for b, r in enumerate(rows) for j in r["targets"]]
+    b, j = torch.tensor(index, device=device).T
+    hidden, targets, head = hidden[b, j - 1], column("ids", 0)[b, j], lm.get_output_embeddings()
+
+    def score_chunk(h, t):
+        logits = head(h).float() / (temperature or 1.0)
+        return logits.gather(-1, t[:, None])[:, 0] - logits.logsumexp(-1)
+    parts = [checkpoint(score_chunk, h, t, use_reentrant=False) if torch.is_grad_enabled() else score_chunk(h, t)
+             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    return list(torch.cat(parts).split([len(r["targets"]) for r in rows]))
+
+
+def one_pass(rollout: Rollout, probes: list[list[int]], schema: int) -> dict:
+    """Rollout and one probe (schema + gold) per boundary as one row for token_logps (paper, Fig. 3).
+
+    Targets: the policy's tokens, then the gold tokens of each probe. A probe takes the positions that follow its boundary.
+    """
+    n = len(rollout.ids)
+    row = {"ids": list(rollout.ids), "positions": list(range(n)), "segment": [0] * n, "limit": [n] * n,
+           "targets": [j for j, m in enumerate(rollout.mask) if m]}
+    for c, (boundary, probe) in enumerate(zip(rollout.boundaries, probes), 1):
+        start = len(row["ids"])
+        row["ids"] += probe
+        row["positions"] += range(boundary, boundary + len(probe))
+        row["segment"] += [c] * len(probe)
+        row["limit"] += [boundary] * len(probe)
+        row["targets"] += range(start + schema, start + len(probe))
+    return row
+
+
+def by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices in batches of about the same length whose padded size stays within budget (one row is always let in).
+
+    >>> by_tokens([5, 9, 4, 10], 20)
+    [[3, 1], [0, 2]]
+    """
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+@torch.no_grad()
+def forward_scores(model, tokenizer, rollouts: list[Rollout], golds: list | None, cfg: Config) -> tuple[list[torch.Tensor], list[list[float]]]:
+    """Log-probs of the sampled tokens and, if golds are given, the beliefs b_0 .. b_{T-1}, by the model as it stands."""
+    schema = encode(tokenizer, SCHEMA)
+    rows = []
+    for i, r in enumerate(rollouts):
+        probe = schema + encode_gold(tokenizer, golds[i]) if golds else []
+        rows.append(one_pass(r, [probe] * len(r.boundaries) if golds else [], len(schema)))
+    logps, beliefs = [None] * len(rows), [[] for _ in rows]
+    for batch in by_tokens([len(row["ids"]) for row in rows], cfg.batch_tokens):
+        for i, scores in zip(batch, token_logps(unwrap(model), [rows[i] for i in batch], cfg.temperature)):
+            sampled = sum(rollouts[i].mask)
+            logps[i] = scores[:sampled]
+            if golds:
+                beliefs[i] = scores[sampled:].view(len(rollouts[i].boundaries), -1).mean(1).tolist()      # Eq. 3
+    return logps, beliefs
+
+
+def score(model, tokenizer, rollouts: list[Rollout], golds: list, cfg: Config) -> tuple[list[torch.Tensor], list[list[float]]]:
+    """Old log-probs of the sampled tokens (per rollout a tensor, one entry per token with mask 1) and beliefs (Eq. 3).
+
+    golds[i] is the gold answer of rollout i, a text or a list of aliases of which the first is taken. The belief is asked of
+    the policy, or with cfg.belief = "reference" of the model with its adapter off.
+    """
+    if cfg.belief == "policy":
+        return forward_scores(model, tokenizer, rollouts, golds, cfg)
+    with reference(model):
+        _, beliefs = forward_scores(model, tokenizer, rollouts, golds, cfg)
+    return forward_scores(model, tokenizer, rollouts, None, cfg)[0], beliefs
+
+
+# ---- rewards and returns ---------------------------------------------------------------------------------------------
+
+def answer_words(text: str, style: str = "paper") -> list[str]:
+    """Words of an answer. paper: lower-case, punctuation to spaces. squad: punctuation dropped, articles dropped (SQuAD v1.1).
+
+    >>> answer_words("The U.S. army"), answer_words("The U.S. army", "squad")
+    (['the', 'u', 's', 'army'], ['us', 'army'])
+    """
+    text = text.lower()
+    if style == "paper":
+        return "".join(" " if c in string.punctuation or unicodedata.category(c)[0] == "P" else c for c in text).split()
+    return re.sub(r"\b(a|an|the)\b", " ", "".join(c for c in text if c not in string.punctuation)).split()
+
+
+def f1_score(prediction: str | None, golds: list[str] | str, style: str = "paper") -> float:
+    """Word F1 with the best gold alias, 0..1 (Eq. 2). paper: sets of words, as the authors score; squad: multisets.
+
+    >>> f1_score("the red red fox", ["red fox"]), f1_score("the red red fox", ["red fox"], "squad")
+    (0.8, 0.8)
+    """
+    best = 0.0
+    for gold in [golds] if isinstance(golds, str) else golds:
+        p, g = answer_words(prediction or "", style), answer_words(gold, style)
+        if style == "paper":
+            p, g = sorted(set(p)), sorted(set(g))
+        common = sum(min(p.count(w), g.count(w)) for w in set(p))
+        best = max(best, 2 * common / (len(p) + len(g)) if common else 0.0)
+    return best
+
+
+def exact_match(prediction: str | None, golds: list[str] | str, style: str = "paper") -> float:
+    """1.0 if the words equal those of a gold alias, else 0.0. paper compares sets of words, squad sequences.
+
+    >>> exact_match("The Fox", "fox"), exact_match("The Fox", "fox", "squad")
+    (0.0, 1.0)
+    """
+    form = (lambda t: set(answer_words(t, style))) if style == "paper" else (lambda t: answer_words(t, style))
+    golds = [golds] if isinstance(golds, str) else golds
+    return float(bool(prediction) and any(form(prediction) == form(g) and form(g) for g in golds))
+
+
+def outcome_reward(rollout: Rollout, golds: list[str] | str, format_penalty: float) -> float:
+    """Eq. 2: F1 of the answer, or the penalty if the rollout ended any other way."""
+    return f1_score(rollout.answer, golds) if rollout.stop == "answer" else format_penalty
+
+
+def info_gains(beliefs: list[float], gain: str = "logprob") -> list[float]:
+    """Eq. 4: what each turn but the last added to the belief. T beliefs (mean log-probs) give T - 1 gains.
+
+    >>> info_gains([-3.0, -2.0, -2.0])
+    [1.0, 0.0]
+    """
+    levels = [math.exp(b) for b in beliefs] if gain == "prob" else beliefs
+    return [after - before for before, after in zip(levels, levels[1:])]
+
+
+STD_FLOOR = 1e-6    # a pool of rewards that spread less than this agrees, and says nothing
+
+
+def normalise(values: list[float], centre: bool = True) -> list[float]:
+    """Values over their population std, centred; all 0 if they agree."""
+    mean = sum(values) / max(len(values), 1)
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values), 1))
+    return [(v - mean * centre) / std if std > STD_FLOOR else 0.0 for v in values]
+
+
+def turn_rewards(gains: list[list[float]], outcomes: list[float], norm: str = "separate",
+                 gain_weight: float = 1.0, outcome_weight: float = 1.0) -> list[list[float]]:
+    """Eq. 5 for one group: normalised reward of each turn, the outcome on the last. A gain of 0 is a turn like any other.
+
+    separate: gains and outcomes z-normalised in a pool each (paper v2). joint: in one pool (paper v1). turn: gains pooled by
+    turn index (A2TGPO). scale: gains divided by their spread but not centred. Centring charges every search the group's mean
+    gain, so that a policy whose searches help on average earns by stopping early; uncentred gains telescope and never do that.
+
+    Raises ValueError if the group has fewer than 2 rollouts or the lists do not match.
+    """
+    if len(outcomes) < 2:
+        raise ValueError(f"a group needs at least 2 rollouts to compare, not {len(outcomes)}: raise --group")
+    if len(gains) != len(outcomes):
+        raise ValueError(f"{len(gains)} lists of gains for {len(outcomes)} outcomes")
+    if not all(map(math.isfinite, [*outcomes, *(g for gs in gains for g in gs)])):
+        raise ValueError("a gain or an outcome is not finite")
+    flat = [g for gs in gains for g in gs]
+    if norm == "joint":
+        pooled = normalise(flat + outcomes)
+        flat, outcomes = pooled[:len(flat)], pooled[len(flat):]
+    elif norm == "turn":
+        columns = [normalise([gs[t] for gs in gains if len(gs) > t]) for t in range(max(map(len, gains)))]
+        columns = [iter(c) for c in columns]
+        flat, outcomes = [next(columns[t]) for gs in gains for t in range(len(gs))], normalise(outcomes)
+    elif norm in ("separate", "scale"):
+        flat, outcomes = normalise(flat, centre=norm == "separate"), normalise(outcomes)
+    else:
+        raise ValueError(f"norm {norm!r} is none of separate, joint, turn, scale")
+    flat = iter(flat)
+    return [[gain_weight * next(flat) for _ in gs] + [outcome_weight * o] for gs, o in zip(gains, outcomes)]
+
+
+def turn_returns(gains: list[list[float]], outcomes: list[float], gamma: float = 1.0, norm: str = "separate",
+                 gain_weight: float = 1.0, outcome_weight: float = 1.0) -> list[list[float]]:
+    """Eq. 5 and 6 for one group of G rollouts: R_t = sum_{k >= t} gamma^(k-t) r~_k for every turn of every rollout.
+
+    gains[i] has one entry fewer than rollout i has turns. Raises ValueError as `turn_rewards` does.
+
+    >>> turn_returns([[1.0], [3.0]], [0.0, 1.0])        # gains -> -1, +1; outcomes -> -1, +1
+    [[-2.0, -1.0], [2.0, 1.0]]
+    """
+    returns = []
+    for rewards in turn_rewards(gains, outcomes, norm, gain_weight, outcome_weight):
+        total, out = 0.0, []
+        for r in reversed(rewards):
+            total = r + gamma * total
+            out.append(total)
+        returns.append(out[::-1])
+    return returns
+
+
+def credit(gains: list[list[float]], outcomes: list[float], cfg: Config, progress: float = 0.0) -> list[list[float]]:
+    """Returns of one group under cfg.credit; progress 0..1 through training drives the curriculum."""
+    gain_weight, outcome_weight = (1 - progress / 2, .5 + progress / 2) if cfg.curriculum else (1.0, 1.0)
+    if cfg.credit == "grpo":    # outcome only: every token of rollout i gets its normalised outcome
+        return turn_returns([[0.0] * len(gs) for gs in gains], outcomes)
+    return turn_returns(gains, outcomes, cfg.gamma, cfg.norm, gain_weight, 0.0 if cfg.credit == "ig" else outcome_weight)
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+def policy_loss(logp, old_logp, ref_logp, returns, mask, clip: float = 0.2, kl_coef: float = 0.001):
+    """Eq. 7 as a loss, all tensors (B, L): mean over a rollout's own policy tokens, then over the B rollouts.
+
+    The KL is Schulman's k3 estimator, exp(d) - d - 1 with d = log pi_ref - log pi, and carries a gradient. On policy the
+    surrogate's value is only the mean return, about 0: what counts is its gradient.
+    Returns (loss, stats), stats being sums over tokens: "tokens", "kl", "clipped", "entropy" (-log pi of what was sampled).
+    """
+    mask = mask.float()
+    ratio = torch.exp(logp - old_logp)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    surrogate = torch.minimum(ratio * returns, clipped * returns)
+    d = ref_logp - logp
+    kl = torch.exp(d) - d - 1
+    per_rollout = ((surrogate - kl_coef * kl) * mask).sum(1) / mask.sum(1).clamp(min=1)
+    with torch.no_grad():
+        binding = (clipped * returns < ratio * returns).float()
+        stats = {"tokens": mask.sum().item(), "kl": (kl * mask).sum().item(), "clipped": (binding * mask).sum().item(),
+                 "entropy": -(logp * mask).sum().item()}
+    return -per_rollout.mean(), stats
+
+
+def accumulate_gradient(model, rollouts, old, ref, returns, cfg: Config) -> dict:
+    """Gradient of Eq. 7 over these rollouts, in micro-batches that fit: their number does not change it.
+
+    old, ref: per rollout the log-probs of its policy tokens; returns: per rollout one per turn. Returns the stats of
+    `policy_loss`, summed, with "loss" and "ratio" (of all tokens, the one farthest from 1).
+    """
+    total = {"loss": 0.0, "ratio": 1.0, "tokens": 0.0, "kl": 0.0, "clipped": 0.0, "entropy": 0.0}
+    for batch in by_tokens([len(r.ids) for r in rollouts], cfg.batch_tokens):
+        logps = token_logps(unwrap(model), [one_pass(rollouts[i], [], 0) for i in batch], cfg.temperature)
+        device = logps[0].device
+        spread = [torch.tensor([returns[i][t] for t in rollouts[i].policy_turns], device=device) for i in batch]
+        pad = lambda tensors: pad_sequence(tensors, batch_first=True)
+        logp, old_logp, ref_logp = pad(logps), pad([old[i] for i in batch]), pad([ref[i] for i in batch])
+        mask = pad([torch.ones_like(x, dtype=torch.bool) for x in logps])
+        loss, stats = policy_loss(logp, old_logp, ref_logp, pad(spread), mask, cfg.clip, cfg.kl_coef)
+        share = len(batch) / len(rollouts)
+        (loss * share).backward()
+        stats["loss"] = loss.item() * share
+        ratio = torch.exp(logp - old_logp).detach()[mask]
+        total["ratio"] = max([total["ratio"], *ratio.tolist()], key=lambda x: abs(x - 1))
+        for key, value in stats.items():
+            total[key] += value
+    return total
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+METRICS = {  # every key of metrics.jsonl; printed by --glossary, and the README's table is made from it
+    "step": "optimizer steps done; row 0 holds the evaluation before any update",
+    "eval_f1": "mean F1 on the dev questions, greedy (rows where they were run)",
+    "eval_em": "mean exact match on the dev questions, greedy",
+    "eval_turns": "mean turns on the dev questions",
+    "outcome_f1": "mean F1 of the step's rollouts; 0 for a rollout without an answer",
+    "outcome_em": "mean exact match of the step's rollouts",
+    "outcome_reward": "mean of Eq. 2, format penalties included",
+    "belief_first": "mean belief at the prompt, b_0: log-probability per gold token (Eq. 3)",
+    "belief_last": "mean belief at the last boundary, b_{T-1}",
+    "gain_mean": "mean information gain of a turn (Eq. 4), in nats or, with --gain prob, in probability",
+    "gain_std": "its standard deviation",
+    "gain_positive": "share of gains above 0",
+    "return_std": "standard deviation of the returns over the policy's tokens (Eq. 6); 0: nothing to learn from",
+    "turns": "mean turns per rollout",
+    "stop_answer": "share of rollouts that ended with an answer",
+    "stop_format": "share that broke the format",
+    "stop_length": "share cut in the middle of a turn, or out of context",
+    "stop_turns": "share that still searched on the last turn",
+    "no_signal_outcome": "share of groups whose outcomes all agree: outcome-only training learns nothing from them",
+    "no_signal_igpo": "share of groups with neither outcomes nor gains that differ",
+    "ratio_start": "probability ratio new / old before the step's first update, of all tokens the one farthest from 1; should be 1",
+    "clip_fraction": "share of policy tokens whose ratio was clipped",
+    "kl": "mean KL to the reference per policy token (k3 estimate)",
+    "entropy": "mean of -log pi of the sampled tokens: an estimate of the policy's entropy per token",
+    "loss": "value of Eq. 7; near 0 on policy whatever happens, since normalised returns cancel: look at eval_f1 instead",
+    "grad_norm": "norm of the gradient before clipping",
+    "skipped": "updates skipped since the start because a belief, the loss or the gradient was not finite",
+    "policy_tokens": "tokens written by the policy and trained on",
+    "searches": "queries sent",
+    "failed_searches": "queries that came back with an error",
+    "seconds": "wall time of the step, without evaluation",
+    "seconds_rollout": "of which generation",
+    "seconds_search": "of which search",
+    "seconds_score": "of which beliefs, old and reference log-probs",
+    "seconds_update": "of which gradient and optimizer",
+    "peak_memory_mb": "peak memory so far: of the GPU if there is one, else of the process",
+}
+
+
+class MeteredSearch:
+    """Counts queries, failures and seconds of a search back end since the last reset()."""
+
+    def __init__(self, search):
+        self.search = search
+        self.reset()
+
+    def reset(self) -> None:
+        self.queries, self.failed, self.seconds, self.last_error = 0, 0, 0.0, ""
+
+    def search_many(self, queries: list[str], k: int) -> list:
+        start = time.perf_counter()
+        results = self.search.search_many(queries, k)
+        errors = [r.error for r in results if getattr(r, "error", None)]
+        self.queries, self.failed, self.seconds = self.queries + len(queries), self.failed + len(errors), self.seconds + time.perf_counter() - start
+        self.last_error = errors[-1] if errors else self.last_error
+        return results
+
+
+def record(tokenizer, rollout: Rollout, question: dict, beliefs: list[float], returns=None, step=None, gain: str = "logprob") -> dict:
+    """A rollout as a line of rollouts.jsonl: what a person wants to read, turn by turn."""
+    gains = info_gains(beliefs, gain)
+    turns = []
+    for t in range(len(rollout.boundaries)):
+        text = tokenizer.decode([i for i, m, turn in zip(rollout.ids, rollout.mask, rollout.turns) if m and turn == t])
+        asked = t < len(rollout.queries)
+        error = rollout.errors[t] if asked else None
+        turns.append({"text": text, "query": rollout.queries[t] if asked else None, "error": error or None,
+                      "passages": [{k: getattr(p, k) for k in ("id", "title", "text", "score")} for p in rollout.retrieved[t]] if asked else [],
+                      "gain": gains[t] if t < len(gains) else None, "return": returns[t] if returns else None})
+    kept = {k: question[k] for k in ("id", "question", "answers", "supporting", "hops") if k in question}
+    return {"step": step, **kept, "stop": rollout.stop, "answer": rollout.answer, "f1": f1_score(rollout.answer, question["answers"]),
+            "em": exact_match(rollout.answer, question["answers"]), "beliefs": beliefs, "policy_tokens": sum(rollout.mask), "turns": turns}
+
+
+def transcript(row: dict) -> str:
+    """A line of rollouts.jsonl as text for the terminal."""
+    def short(text, n=150):
+        text = " ".join(text.split())
+        return text if len(text) <= n else text[:n - 3] + "..."
+    lines = [f"  question  {row['question']}   (gold: {row['answers'][0]})", f"  belief    {row['beliefs'][0]:+.2f}"]
+    for t, turn in enumerate(row["turns"], 1):
+        lines.append(f"  turn {t}    {short(turn['text'])}")
+        for p in turn["passages"]:
+            lines.append(f"            [{short(p['title'], 40)}] {short(p['text'], 100)}")
+        if turn["error"]:
+            lines.append(f"            search failed: {turn['error']}")
+        if turn["gain"] is not None:
+            lines.append(f"            gain {turn['gain']:+.2f}, belief {row['beliefs'][t]:+.2f}")
+    return "\n".join(lines + [f"  stop      {row['stop']}, F1 {row['f1']:.2f}"])
+
+
+def evaluate(model, tokenizer, questions: list[dict], search, cfg: Config) -> dict:
+    """Greedy rollouts, one a question: mean F1, exact match and turns."""
+    rollouts = rollout(model, tokenizer, questions, search, replace(cfg, group=1, temperature=0.0))
+    n = len(questions)
+    return {"eval_f1": sum(f1_score(r.answer, q["answers"]) for r, q in zip(rollouts, questions)) / n,
+            "eval_em": sum(exact_match(r.answer, q["answers"]) for r, q in zip(rollouts, questions)) / n,
+            "eval_turns": sum(len(r.boundaries) for r in rollouts) / n}
+
+
+def step_questions(questions: list[dict], step: int, cfg: Config) -> list[dict]:
+    """The questions of a step (from 1). Each epoch is a permutation of its own; the step alone tells where we are."""
+    chosen = []
+    for i in range((step - 1) * cfg.questions, step * cfg.questions):
+        epoch, position = divmod(i, len(questions))
+        chosen.append(questions[random.Random(f"{cfg.seed}-{epoch}").sample(range(len(questions)), len(questions))[position]])
+    return chosen
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def std(values) -> float:
+    values = list(values)
+    return math.sqrt(mean((v - mean(values)) ** 2 for v in values))
+
+
+def train_step(model, tokenizer, optimizer, questions: list[dict], search: MeteredSearch, cfg: Config, progress: float) -> tuple[dict, list[dict]]:
+    """One step: rollouts, beliefs, returns, update. Returns (metrics, records of the rollouts)."""
+    clock = [time.perf_counter()]
+    rollouts = rollout(model, tokenizer, questions, search, cfg)
+    clock.append(time.perf_counter())
+
+    asked = [q for q in questions for _ in range(cfg.group)]                       # the question of each rollout
+    old, beliefs = score(model, tokenizer, rollouts, [q["answers"] for q in asked], cfg)
+    ref = old
+    if cfg.kl_coef:
+        with reference(model):
+            ref, _ = forward_scores(model, tokenizer, rollouts, None, cfg)
+    clock.append(time.perf_counter())
+
+    outcomes = [outcome_reward(r, q["answers"], cfg.format_penalty) for r, q in zip(rollouts, asked)]
+    gains = [info_gains(b, cfg.gain) for b in beliefs]
+    finite = all(math.isfinite(b) for bs in beliefs for b in bs)
+    groups = [slice(i, i + cfg.group) for i in range(0, len(rollouts), cfg.group)]
+    returns = [r for g in groups for r in credit(gains[g], outcomes[g], cfg, progress)] if finite else [[0.0] * len(b) for b in beliefs]
+    for r, R in zip(rollouts, returns):
+        if len(R) != max(r.turns) + 1 or len(R) != len(r.boundaries):
+            raise AssertionError(f"{len(R)} returns and {len(r.boundaries)} boundaries for {max(r.turns) + 1} turns")
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    totals, skipped, first_ratio = [], 0, None
+    model.train()
+    for _ in range(cfg.ppo_epochs if finite else 0):
+        order = torch.randperm(len(rollouts)).tolist() if cfg.minibatches > 1 else list(range(len(rollouts)))
+        for m in range(cfg.minibatches):
+            part = order[m::cfg.minibatches]
+            optimizer.zero_grad(set_to_none=True)
+            pick = lambda values: [values[i] for i in part]
+            total = accumulate_gradient(model, pick(rollouts), pick(old), pick(ref), pick(returns), cfg)
+            total["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
+            first_ratio = total["ratio"] if first_ratio is None else first_ratio
+            if math.isfinite(total["loss"]) and math.isfinite(total["grad_norm"]):
+                optimizer.step()
+                totals.append(total)
+            else:
+                skipped += 1
+    optimizer.zero_grad(set_to_none=True)
+    model.eval()
+    clock.append(time.perf_counter())
+
+    tokens = sum(t["tokens"] for t in totals) or 1
+    flat = [g for gs in gains for g in gs]
+    spread = [R[t] for r, R in zip(rollouts, returns) for t in r.policy_turns]
+    silent = [std(outcomes[g]) <= STD_FLOOR for g in groups]
+    f1 = [f1_score(r.answer, q["answers"]) for r, q in zip(rollouts, asked)]
+    row = {
+        "outcome_f1": mean(f1), "outcome_em": mean(exact_match(r.answer, q["answers"]) for r, q in zip(rollouts, asked)), "outcome_reward": mean(outcomes),
+        "belief_first": mean(b[0] for b in beliefs), "belief_last": mean(b[-1] for b in beliefs),
+        "gain_mean": mean(flat), "gain_std": std(flat), "gain_positive": mean(g > 0 for g in flat),
+        "return_std": std(spread), "turns": mean(len(b) for b in beliefs),
+        **{f"stop_{why}": mean(r.stop == why for r in rollouts) for why in ("answer", "format", "length", "turns")},
+        "no_signal_outcome": mean(silent),
+        "no_signal_igpo": mean(quiet and std(x for gs in gains[g] for x in gs) <= STD_FLOOR for quiet, g in zip(silent, groups)),
+        "ratio_start": first_ratio, "clip_fraction": sum(t["clipped"] for t in totals) / tokens, "kl": sum(t["kl"] for t in totals) / tokens,
+        "entropy": sum(t["entropy"] for t in totals) / tokens, "loss": mean(t["loss"] for t in totals), "grad_norm": mean(t["grad_norm"] for t in totals),
+        "skipped": skipped + (not finite), "policy_tokens": sum(sum(r.mask) for r in rollouts),
+        "searches": search.queries, "failed_searches": search.failed,
+        "seconds": clock[3] - clock[0], "seconds_rollout": clock[1] - clock[0] - search.seconds, "seconds_search": search.seconds,
+        "seconds_score": clock[2] - clock[1], "seconds_update": clock[3] - clock[2], "peak_memory_mb": peak_memory_mb(),
+    }
+    return row, [record(tokenizer, r, q, b, R, gain=cfg.gain) for r, q, b, R in zip(rollouts, asked, beliefs, returns)]
+
+
+def peak_memory_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def train(cfg: Config) -> Path:
+    """The whole run; returns its folder. Ctrl-C or SIGTERM: the weights of the last whole step are saved."""
+    questions, dev = load_questions(locate(cfg.train)), load_questions(locate(cfg.dev))[:cfg.eval_questions]
+    search = MeteredSearch(open_run_search(cfg))
+    model, tokenizer = load_model(cfg)
+    check_data(tokenizer, questions, model, cfg)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0.0)
+    data = {name: hashlib.sha256(Path(locate(getattr(cfg, name))).read_bytes()).hexdigest() for name in ("train", "dev")}
+    out, done, skipped = Path(cfg.resume or cfg.out), 0, 0
+    if cfg.resume:
+        done, skipped = load_checkpoint(out, model, optimizer, data)
+        for name in ("metrics.jsonl", "rollouts.jsonl"):                                     # what came after the checkpoint is done again
+            kept = [line for line in (out / name).read_text(encoding="utf-8").splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= done]
+            write_whole(out / name, "".join(kept))
+    else:
+        out.mkdir(parents=True)
+    write_whole(out / "config.json", json.dumps(asdict(replace(cfg, resume="", out=str(out))), indent=1) + "\n")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.2f}M of them LoRA, {model.dtype} on {model.device.type}. "
+          f"{len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, steps {done + 1} to {cfg.steps}. Results go to {out}.", flush=True)
+
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as metrics, open(out / "rollouts.jsonl", "a", encoding="utf-8") as kept:
+        def log(file, row):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+
+        def stop(number, frame):
+            signal.signal(number, signal.SIG_IGN)      # once is enough: what follows is the saving
+            raise KeyboardInterrupt
+        handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        whole = snapshot(model, optimizer, done, skipped)                                   # as of the last whole step
+        saved = done if cfg.resume else None
+        bar = tqdm(total=cfg.steps, initial=done, unit="step", dynamic_ncols=True, disable=None)
+        try:
+            if done == 0 and cfg.eval_every:
+                row = {"step": 0, **evaluate(model, tokenizer, dev, search, cfg)}
+                log(metrics, row)
+                bar.write(f"before training: dev F1 {row['eval_f1']:.3f}, EM {row['eval_em']:.3f}, {row['eval_turns']:.1f} turns")
+            for step in range(done + 1, cfg.steps + 1):
+                search.reset()
+                row, records = train_step(model, tokenizer, optimizer, step_questions(questions, step, cfg), search, cfg, (step - 1) / max(cfg.steps - 1, 1))
+                row = {"step": step, **row, "skipped": whole["skipped"] + row["skipped"]}
+                if row["skipped"] > whole["skipped"]:
+                    bar.write(f"step {step}: a belief, the loss or the gradient was not finite; {row['skipped']} updates skipped so far")
+                failed = row["failed_searches"]
+                too_many = failed > cfg.max_failed_searches * row["searches"]
+                if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps) and not too_many:
+                    row.update(evaluate(model, tokenizer, dev, search, cfg))
+                log(metrics, row)
+                for r in records:
+                    log(kept, {**r, "step": step})
+                whole = snapshot(model, optimizer, step, row["skipped"])
+                if step % cfg.save_every == 0 or step == cfg.steps or too_many:
+                    save_checkpoint(out, model, whole, cfg, data)
+                    saved = step
+                bar.update()
+                bar.write(summary(row))
+                if cfg.show_every and step % cfg.show_every == 0:
+                    bar.write(transcript(max(records, key=lambda r: len(r["turns"]))))
+                if too_many:
+                    raise UserError(f"step {step}: {failed} of {row['searches']} searches failed ({search.last_error}). Stopped and saved; "
+                                    f"when the search works again: python igpo.py --resume {out}")
+        except KeyboardInterrupt:
+            if saved != whole["step"]:
+                restore(model, optimizer, whole)
+                save_checkpoint(out, model, whole, cfg, data)
+            bar.write(f"interrupted; step {whole['step']} is saved. Go on with: python igpo.py --resume {out}")
+        finally:
+            bar.close()
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+    return out
+
+
+def summary(row: dict) -> str:
+    """A step in one line."""
+    text = (f"step {row['step']:>4}  F1 {row['outcome_f1']:.2f}  turns {row['turns']:.1f}  belief {row['belief_first']:+.2f} -> {row['belief_last']:+.2f}  "
+            f"gain {row['gain_mean']:+.2f} ± {row['gain_std']:.2f}  no signal {row['no_signal_outcome']:.0%} -> {row['no_signal_igpo']:.0%}  "
+            f"KL {row['kl']:.3f}  {row['seconds']:.1f} s")
+    failed = f"  {row['failed_searches']} searches failed" if row["failed_searches"] else ""
+    return text + failed + (f"  dev F1 {row['eval_f1']:.3f}, EM {row['eval_em']:.3f}" if "eval_f1" in row else "")
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def snapshot(model, optimizer, step: int, skipped: int) -> dict:
+    """All that training changes, in memory: adapter, optimizer, step (which is the data position too) and random states."""
+    state = optimizer.state_dict()
+    return {"step": step, "skipped": skipped, "adapter": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad},
+            "optimizer": {**state, "state": {i: {k: v.clone() for k, v in s.items()} for i, s in state["state"].items()}},
+            "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "mps_rng": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
+
+
+@torch.no_grad()
+def restore(model, optimizer, state: dict) -> None:
+    """Undo everything since snapshot()."""
+    parameters = dict(model.named_parameters())
+    for name, value in state["adapter"].items():
+        parameters[name].copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if torch.cuda.is_available() and state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    if torch.backends.mps.is_available() and state["mps_rng"] is not None:
+        torch.mps.set_rng_state(state["mps_rng"])
+
+
+def save_checkpoint(out: Path, model, state: dict, cfg: Config, data: dict) -> None:
+    """out/checkpoint: the adapter in PEFT's format, and state.pt. A new folder takes the old one's place, whole."""
+    new, now, old = (out / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        model.save_pretrained(new)
+        torch.save({**state, "data": data}, new / "state.pt")
+        shutil.rmtree(old, ignore_errors=True)
+        if now.exists():
+            now.rename(old)
+        new.rename(now)
+    except Exception as e:    # OSError, or what safetensors and torch make of it
+        raise UserError(f"{now}: could not save step {state['step']} ({first_line(e)}). The checkpoint before it is still there; make room and --resume {out}.") from None
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(out: Path) -> Path:
+    """The folder of the last whole checkpoint of a run; checkpoint.old if a save was cut between its two renames."""
+    for name in ("checkpoint", "checkpoint.old"):
+        if (out / name / "state.pt").is_file():
+            return out / name
+    raise UserError(f"{out}: no whole checkpoint in it, so there is nothing to resume. Start again with another --out.")
+
+
+def load_checkpoint(out: Path, model, optimizer, data: dict) -> tuple[int, int]:
+    """Restore a run; returns (steps done, updates skipped). state.pt is read with weights_only: it cannot run code."""
+    folder = find_checkpoint(out)
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        restore(model, optimizer, state)
+    except Exception as e:
+        raise UserError(f"{folder}: cannot be read ({first_line(e)}): damaged, or of another model or LoRA rank.") from None
+    for name, digest in data.items():
+        if state["data"][name] != digest:
+            raise UserError(f"--{name}: the file is not the one this run was started with, so its data position means nothing. Put it back, or start a new run.")
+    return state["step"], state["skipped"]
+
+
+# ---- looking at one group --------------------------------------------------------------------------------------------
+
+def explain(cfg: Config) -> None:
+    """Eq. 2-7 on one question and two of its rollouts, by the functions that train."""
+    cfg = replace(cfg, group=max(cfg.group, 2))
+    question = load_questions(locate(cfg.train))[0]
+    search = open_run_search(cfg)
+    model, tokenizer = load_model(cfg)
+    rollouts = rollout(model, tokenizer, [question], search, cfg)
+    old, beliefs = score(model, tokenizer, rollouts, [question["answers"]] * len(rollouts), cfg)
+    outcomes = [outcome_reward(r, question["answers"], cfg.format_penalty) for r in rollouts]
+    gains = [info_gains(b, cfg.gain) for b in beliefs]
+    rewards = turn_rewards(gains, outcomes, cfg.norm)
+    returns = credit(gains, outcomes, cfg)
+    order = sorted(range(len(rollouts)), key=lambda i: (outcomes[i], len(beliefs[i])))
+    two = [order[-1], order[0]]
+    flat = [g for gs in gains for g in gs]
+    print(f"Question: {question['question']}\nGold: {question['answers'][0]!r}, tokens {[tokenizer.decode(i) for i in encode_gold(tokenizer, question['answers'])]}\n"
+          f"A group of G = {len(rollouts)} rollouts (seed {cfg.seed}); the best and the worst of them are shown.\n"
+          f"Policy text is shown [in brackets], forced text is not.\n")
+    for name, i in zip("AB", two):
+        r = rollouts[i]
+        print(f"Rollout {name}: {len(r.ids)} tokens, {sum(r.mask)} of them the policy's; stop = {r.stop}, answer = {r.answer!r}")
+        print(f"  b_0 = {beliefs[i][0]:+.3f}   (Eq. 3, read at token {r.boundaries[0]}: mean log-prob of the gold tokens)")
+        for t in range(len(r.boundaries)):
+            own = [j for j in range(len(r.ids)) if r.turns[j] == t and r.mask[j]]
+            forced = [j for j in range(len(r.ids)) if r.turns[j] == t and not r.mask[j]]
+            print(f"  turn {t + 1}, tokens {own[0]}-{own[-1]}: [{' '.join(tokenizer.decode(r.ids[own[0]:own[-1] + 1]).split())}]")
+            if forced:
+                shown = " ".join(tokenizer.decode(r.ids[forced[0]:forced[-1] + 1]).split())
+                print(f"    tokens {forced[0]}-{forced[-1]}, masked: {shown[:110]}{'...' if len(shown) > 110 else ''}")
+            if t < len(gains[i]):
+                b = beliefs[i]
+                levels = f"{b[t + 1]:+.3f} - {b[t]:+.3f}" if cfg.gain == "logprob" else f"exp({b[t + 1]:+.3f}) - exp({b[t]:+.3f})"
+                print(f"    gain (Eq. 4) = {levels} = {gains[i][t]:+.3f};  normalised (Eq. 5) {rewards[i][t]:+.3f};  return (Eq. 6) {returns[i][t]:+.3f}")
+            else:
+                print(f"    outcome (Eq. 2) = {outcomes[i]:+.3f};  normalised (Eq. 5) {rewards[i][t]:+.3f};  return (Eq. 6) {returns[i][t]:+.3f}")
+        print()
+    print(f"Over the group: gains {mean(flat):+.3f} ± {std(flat):.3f}, outcomes {mean(outcomes):+.3f} ± {std(outcomes):.3f} (norm = {cfg.norm}, gamma = {cfg.gamma}, credit = {cfg.credit})\n")
+    # A step on these two alone, so that the ratio has moved from 1: the loss is shown before it and after it.
+    pick = lambda values: [values[i] for i in two]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr)
+    before = accumulate_gradient(model, pick(rollouts), pick(old), pick(old), pick(returns), cfg)
+    optimizer.step()
+    new, _ = forward_scores(model, tokenizer, pick(rollouts), None, cfg)
+    print("Eq. 7 for the first policy tokens of each, after one update on these two (before it every ratio is 1 and every KL 0):")
+    print("  rollout turn  token            log pi_old  log pi   ratio  clipped   return  surrogate   KL (k3)")
+    for name, i, logp in zip("AB", two, new):
+        own = [j for j, m in enumerate(rollouts[i].mask) if m]
+        for k in range(0, min(len(own), 12), 3):
+            R, ratio = returns[i][rollouts[i].turns[own[k]]], math.exp(logp[k] - old[i][k])
+            clipped, d = min(max(ratio, 1 - cfg.clip), 1 + cfg.clip), (old[i][k] - logp[k]).item()
+            print(f"  {name:>7} {rollouts[i].turns[own[k]] + 1:>4}  {tokenizer.decode(rollouts[i].ids[own[k]])!r:<16} {old[i][k]:>10.3f} {logp[k]:>7.3f} "
+                  f"{ratio:>7.3f}  {clipped:>7.3f}  {R:>+7.3f}  {min(ratio * R, clipped * R):>+9.3f}  {math.exp(d) - d - 1:>8.5f}")
+    after = accumulate_gradient(model, pick(rollouts), pick(old), pick(old), pick(returns), cfg)
+    print(f"  loss {before['loss']:+.4f} before the update, {after['loss']:+.4f} after; ratio farthest from 1: {before['ratio']:.6f} -> {after['ratio']:.3f}")
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+def locate(path: str) -> str:
+    """A path as given, or beside this file if there is nothing at it: the demo is found from any folder."""
+    return path if Path(path).exists() or not (HERE / path).exists() else str(HERE / path)
+
+
+def open_run_search(cfg: Config):
+    """The search back end of a run; the demo's corpus is found from any folder."""
+    return open_search("bm25:" + locate(cfg.search[5:]) if cfg.search.startswith("bm25:") else cfg.search, cache=cfg.search_cache)
+
+
+def check_data(tokenizer, questions: list[dict], model, cfg: Config) -> None:
+    """Questions must leave room for a turn; long golds are counted and said."""
+    context = getattr(unwrap(model).config, "max_position_embeddings", None) or 10**9
+    for q in questions:
+        length = len(encode_prompt(tokenizer, q["question"])) + cfg.max_new_tokens + MAX_GOLD_TOKENS
+        if length > context:
+            raise UserError(f"{cfg.train}, question {q['id']}: prompt and one turn need {length} tokens, the model's context is {context}. Shorten it or leave it out.")
+    long = sum(len(encode(tokenizer, q["answers"][0], data=True)) > MAX_GOLD_TOKENS for q in questions)
+    if long:
+        print(f"{long} of {len(questions)} gold answers are longer than {MAX_GOLD_TOKENS} tokens: the belief is read on their first {MAX_GOLD_TOKENS}.")
+
+
+RESUME_MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "show_every"}     # all else would make it another run
+
+
+def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """Config from the command line: what is given, over the demo's values (no --model) or the resumed run's, over the defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {"type": type(f.default)}
+        default = f"{f.default!r}" + (f"; demo {DEMO[f.name]!r}" if f.name in DEMO else "")
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({default})",
+                            **kind, **{k: v for k, v in f.metadata.items() if k == "choices"})
+    parser.add_argument("--overwrite", action="store_true", help="delete the run folder if it exists")
+    parser.add_argument("--explain", action="store_true", help="walk through Eq. 2-7 on one question, then stop")
+    parser.add_argument("--glossary", action="store_true", help="explain every metric, then stop")
+    args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    if given.get("resume"):
+        path = Path(given["resume"]) / "config.json"
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            cfg = Config(**before)
+        except (OSError, ValueError, TypeError) as e:
+            raise UserError(f"--resume {given['resume']}: {path.name} cannot be read ({first_line(e)}). Is it a run folder?") from None
+        changed = [k for k, v in given.items() if k not in RESUME_MAY_CHANGE and before[k] != v]
+        if changed:
+            raise UserError(f"--resume: this run was started with --{changed[0]} {before[changed[0]]}. Leave the option out, or start a new run.")
+        cfg = replace(cfg, **given)
+    else:
+        cfg = Config(**{**(DEMO if not given.get("model") else {}), **given})
+        if ("train" in given) != ("search" in given):
+            print(f"note: --train is {cfg.train} and --search is {cfg.search}; do they belong together?")
+        name = f"runs/{Path(cfg.model).stem}-{cfg.credit}-seed{cfg.seed}"
+        n = 1
+        while not cfg.out and Path(name if n == 1 else f"{name}-{n}").exists() and not args.overwrite:
+            n += 1
+        cfg = replace(cfg, out=cfg.out or (name if n == 1 else f"{name}-{n}"))
+    least = {"questions": 1, "group": 2, "max_turns": 1, "max_new_tokens": 1, "top_k": 1, "steps": 0, "ppo_epochs": 1, "minibatches": 1,
+             "rollout_batch": 1, "batch_tokens": 1, "save_every": 1, "eval_every": 0, "lora_rank": 1}
+    for key, bound in least.items():
+        if getattr(cfg, key) < bound:
+            why = ": a group of one has nothing to compare" if key == "group" else ""
+            raise UserError(f"--{key} must be at least {bound}{why}.")
+    if cfg.temperature <= 0:
+        raise UserError("--temperature must be above 0: greedy rollouts of a question are all alike.")
+    if cfg.gain == "logprob" and cfg.norm == "joint":
+        print("warning: --gain logprob with --norm joint mixes rewards of different scales in one pool; the paper's v1 is --gain prob --norm joint.")
+    return cfg, args
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        cfg, args = parse_config(argv)
+        if args.glossary:
+            print("\n".join(f"{key:18} {text}" for key, text in METRICS.items()))
+        elif args.explain:
+            explain(cfg)
+        else:
+            out = Path(cfg.resume or cfg.out)
+            if not cfg.resume and out.exists():
+                if not args.overwrite:
+                    raise UserError(f"--out {out}: exists. Go on with it (--resume {out}), choose another, or add --overwrite.")
+                shutil.rmtree(out)
+            print("\n".join(f"{key:24}{value}" for key, value in asdict(cfg).items() if value != ""))
+            train(cfg)
+    except (UserError, SearchError) as e:
+        print(f"igpo: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
