@@ -70,7 +70,7 @@ class Config:
     """Every option. `python igpo.py --help` is made from this; the values in force are saved as config.json."""
     # what to train, and on what
     model: str = field(default="", metadata={"help": "hub id, bare name (Qwen2.5-1.5B-Instruct), folder or .gguf file; empty: demo/policy"})
-    train: str = field(default="demo/train.jsonl", metadata={"help": "training questions, jsonl"})
+    train: str = field(default="demo/train.jsonl", metadata={"help": "training questions: jsonl, or benchmarks by name (hotpotqa,2wikimultihopqa), see eval.py"})
     dev: str = field(default="demo/dev.jsonl", metadata={"help": "questions for the periodic greedy evaluation, jsonl"})
     search: str = field(default="bm25:demo/corpus.jsonl", metadata={"help": "search back end, see search_tool.py"})
     search_cache: str = field(default="on", metadata={"help": "disk cache of network back ends: on, off, or only (answer from the cache alone)", "choices": ["on", "off", "only"]})
@@ -188,6 +188,14 @@ def load_questions(path: str) -> list[dict]:
     return rows
 
 
+def load_train(spec: str) -> list[dict]:
+    """Questions of --train: a jsonl file, or benchmarks by name (hotpotqa,2wikimultihopqa), which eval.py downloads."""
+    if Path(locate(spec)).is_file():
+        return load_questions(locate(spec))
+    from eval import load_benchmark      # here, since eval.py imports this file
+    return [q for name in spec.split(",") for q in load_benchmark(name.strip(), "train")]
+
+
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 INSTRUCTION = """Answer the question. You can search, and what you need to know is to be found by searching.
@@ -269,8 +277,8 @@ def parse_turn(text: str) -> tuple[str, str] | None:
 FAMILIES = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "llama": "meta-llama", "gemma": "google", "mistral": "mistralai", "phi": "microsoft"}
 
 
-def load_model(cfg: Config):
-    """(model with a fresh LoRA adapter, tokenizer), on the best device there is. Raises UserError."""
+def load_model(cfg: Config, adapter: str = ""):
+    """(model with a fresh LoRA adapter or that of a run or PEFT folder, tokenizer), on the best device there is. Raises UserError."""
     name, options = locate(cfg.model), {}
     if name.endswith(".gguf"):
         if not Path(name).is_file():
@@ -298,6 +306,12 @@ def load_model(cfg: Config):
         tokenizer.pad_token = tokenizer.eos_token
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if adapter:
+        folder = Path(adapter) if (Path(adapter) / "adapter_config.json").is_file() else find_checkpoint(Path(adapter))
+        try:
+            return PeftModel.from_pretrained(lm.to(device), folder).eval(), tokenizer
+        except (OSError, ValueError, RuntimeError) as e:
+            raise UserError(f"--adapter {adapter}: does not fit {cfg.model} ({first_line(e)}).") from None
     torch.manual_seed(cfg.seed)
     lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(lm.to(device), lora).eval(), tokenizer
@@ -395,7 +409,7 @@ def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> N
                 r.retrieved.append(list(found))
                 r.errors.append(error or "")
                 blocks.append(encode_information(tokenizer, found, error, cfg.max_info_tokens))
-                if len(r.ids) + len(blocks[-1]) + cfg.max_new_tokens > context:
+                if len(r.ids) + len(blocks[-1]) + max(cfg.max_new_tokens, 2 * MAX_GOLD_TOKENS) > context:
                     r.stop = "length"                                                   # no room for another turn
                 else:
                     r.write(blocks[-1], False, turn)
@@ -887,12 +901,12 @@ def peak_memory_mb() -> float:
 
 def train(cfg: Config) -> Path:
     """The whole run; returns its folder. Ctrl-C or SIGTERM: the weights of the last whole step are saved."""
-    questions, dev = load_questions(locate(cfg.train)), load_questions(locate(cfg.dev))[:cfg.eval_questions]
+    questions, dev = load_train(cfg.train), load_questions(locate(cfg.dev))[:cfg.eval_questions]
     search = MeteredSearch(open_run_search(cfg))
     model, tokenizer = load_model(cfg)
     check_data(tokenizer, questions, model, cfg)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0.0)
-    data = {name: hashlib.sha256(Path(locate(getattr(cfg, name))).read_bytes()).hexdigest() for name in ("train", "dev")}
+    data = {name: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for name, rows in (("train", questions), ("dev", dev))}
     out, done, skipped = Path(cfg.resume or cfg.out), 0, 0
     if cfg.resume:
         done, skipped = load_checkpoint(out, model, optimizer, data)
@@ -1043,7 +1057,7 @@ def load_checkpoint(out: Path, model, optimizer, data: dict) -> tuple[int, int]:
 def explain(cfg: Config) -> None:
     """Eq. 2-7 on one question and two of its rollouts, by the functions that train."""
     cfg = replace(cfg, group=max(cfg.group, 2))
-    question = load_questions(locate(cfg.train))[0]
+    question = load_train(cfg.train)[0]
     search = open_run_search(cfg)
     model, tokenizer = load_model(cfg)
     rollouts = rollout(model, tokenizer, [question], search, cfg)
@@ -1191,4 +1205,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["igpo"] = sys.modules["__main__"]      # eval.py imports igpo: let it be this very module, with this UserError
     sys.exit(main())

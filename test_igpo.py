@@ -369,3 +369,243 @@ def test_forced_tokens_get_no_gradient(demo, played):
         hook.remove()
     touched = {j + 1 for j in torch.nonzero(seen[0].grad[0].abs().sum(-1)).flatten().tolist()}     # the state at j predicts token j + 1
     assert touched == {j for j in range(len(r.ids)) if r.mask[j] and r.turns[j] == 1}
+
+
+# ---- the command line, runs and resuming -----------------------------------------------------------------------------
+
+SMALL = ["--questions", "2", "--group", "2", "--eval_questions", "4", "--eval_every", "2"]
+
+
+def rows_of(out, name="metrics.jsonl"):
+    return [json.loads(line) for line in (Path(out) / name).read_text(encoding="utf-8").splitlines()]
+
+
+def adapter_of(out):
+    from safetensors.torch import load_file
+    return load_file(Path(out) / "checkpoint" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Four steps without a break."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert igpo.main([*SMALL, "--steps", "4", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_leaves_what_the_readme_says(run):
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "rollouts.jsonl", "checkpoint"}
+    config, metrics, kept = json.loads((run / "config.json").read_text()), rows_of(run), rows_of(run, "rollouts.jsonl")
+    assert set(config) == {f.name for f in fields(Config)} and config["lr"] == igpo.DEMO["lr"] and config["questions"] == 2
+    assert [r["step"] for r in metrics] == [0, 1, 2, 3, 4] and ["eval_f1" in r for r in metrics] == [True, False, True, False, True]
+    assert set().union(*metrics) == set(igpo.METRICS)                              # every metric is explained, none only explained
+    for r in metrics[1:]:
+        assert abs(r["ratio_start"] - 1) < 1e-4 and math.isfinite(r["loss"]) and r["skipped"] == 0
+        assert r["stop_answer"] + r["stop_format"] + r["stop_length"] + r["stop_turns"] == pytest.approx(1)
+        assert r["policy_tokens"] == sum(k["policy_tokens"] for k in kept if k["step"] == r["step"])
+        assert r["outcome_f1"] == pytest.approx(sum(k["f1"] for k in kept if k["step"] == r["step"]) / 4)
+    assert len(kept) == 16
+    for k in kept:
+        assert len(k["turns"]) == len(k["beliefs"])
+        assert [t["gain"] for t in k["turns"]] == pytest.approx(info_gains(k["beliefs"], config["gain"])) + [None] if len(k["turns"]) > 1 else True
+        assert (k["stop"] == "answer") == (k["answer"] is not None)
+
+
+def test_the_adapter_is_peft_s_own(run, demo):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    _, tokenizer, _, questions, cfg = demo
+    ids = torch.tensor([igpo.encode_prompt(tokenizer, questions[0]["question"])])
+    base = AutoModelForCausalLM.from_pretrained(HERE / "demo/policy")
+    with torch.no_grad():
+        before = base(ids).logits
+        tuned = PeftModel.from_pretrained(base, run / "checkpoint").eval()(ids).logits
+        merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(HERE / "demo/policy"), run / "checkpoint").merge_and_unload()(ids).logits
+    assert (before - tuned).abs().max() > 1e-4 and torch.allclose(tuned, merged, atol=1e-4)
+
+
+TIMES = {"seconds", "seconds_rollout", "seconds_search", "seconds_score", "seconds_update", "peak_memory_mb"}
+
+
+def same_run(a, b):
+    strip = lambda out: [{k: v for k, v in r.items() if k not in TIMES} for r in rows_of(out)]
+    assert strip(a) == strip(b) and rows_of(a, "rollouts.jsonl") == rows_of(b, "rollouts.jsonl")
+    left, right = adapter_of(a), adapter_of(b)
+    assert set(left) == set(right) and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_resumed_equals_uninterrupted(run, tmp_path):
+    out = tmp_path / "broken"
+    assert igpo.main([*SMALL, "--steps", "4", "--out", str(out), "--save_every", "1"]) == 0
+    same_run(run, out)                                                              # the same seed is the same run
+    out = tmp_path / "resumed"
+    assert igpo.main([*SMALL, "--steps", "2", "--out", str(out)]) == 0
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write('{"step": 3, "of": "a step that was cut"}\n{"step": 4, "to')        # and what a kill leaves behind
+    assert igpo.main(["--resume", str(out), "--steps", "4"]) == 0
+    same_run(run, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on(run, tmp_path, number):
+    out = tmp_path / "cut"
+    child = subprocess.Popen([sys.executable, HERE / "igpo.py", *SMALL, "--steps", "4", "--out", out, "--save_every", "100"], stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line.startswith("step    1"):
+            child.send_signal(number)
+            break
+    said = child.stdout.read()
+    assert child.wait() == 0 and f"--resume {out}" in said
+    state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
+    assert 1 <= state["step"] < 4
+    assert igpo.main(["--resume", str(out)]) == 0
+    same_run(run, out)
+
+
+def test_a_save_that_was_cut_between_its_renames(run, tmp_path):
+    import shutil
+    out = tmp_path / "cut"
+    shutil.copytree(run, out)
+    (out / "checkpoint").rename(out / "checkpoint.old")
+    (out / "checkpoint.new").mkdir()
+    assert igpo.main(["--resume", str(out), "--steps", "5"]) == 0
+    assert (out / "checkpoint" / "state.pt").is_file() and not (out / "checkpoint.old").exists()
+
+
+def test_not_finite_is_skipped_counted_and_said(tmp_path, monkeypatch, capsys):
+    honest, calls = igpo.policy_loss, []
+
+    def poisoned(*args):
+        loss, stats = honest(*args)
+        calls.append(1)
+        return (loss * math.nan if len(calls) == 1 else loss), stats
+    monkeypatch.setattr(igpo, "policy_loss", poisoned)
+    assert igpo.main([*SMALL, "--steps", "2", "--out", str(tmp_path / "x")]) == 0
+    metrics = rows_of(tmp_path / "x")
+    assert [r["skipped"] for r in metrics[1:]] == [1, 1] and metrics[1]["kl"] == metrics[2]["kl"] == 0    # the weights did not move in step 1
+    assert "not finite" in capsys.readouterr().out
+    assert all(torch.isfinite(v).all() for v in adapter_of(tmp_path / "x").values())
+
+
+def test_a_dead_search_engine_stops_the_run_with_a_checkpoint(tmp_path, monkeypatch, capsys):
+    class Failing(list):
+        error = "connection refused"
+    monkeypatch.setattr(igpo, "open_search", lambda *a, **k: type("S", (), {"search_many": lambda self, queries, k: [Failing() for _ in queries]})())
+    assert igpo.main([*SMALL, "--steps", "3", "--out", str(tmp_path / "x")]) == 2
+    said = capsys.readouterr().err
+    assert "connection refused" in said and "--resume" in said and said.count("\n") == 1
+    assert torch.load(tmp_path / "x" / "checkpoint" / "state.pt", weights_only=True)["step"] == 1
+
+
+def test_explain_walks_through_the_equations(capsys):
+    assert igpo.main(["--explain"]) == 0
+    said = capsys.readouterr().out
+    for what in ("Eq. 2", "Eq. 3", "Eq. 4", "Eq. 5", "Eq. 6", "Eq. 7", "Rollout A", "Rollout B", "masked", "ratio"):
+        assert what in said
+    assert len(said.splitlines()) < 90
+
+
+def jsonl(path, *lines):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+GOOD = '{"question": "Who?", "answers": ["Tavo"]}'
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--model", "/no/such/folder"], "could not load"), (["--model", "nosuchfamily-7B"], "owner/name"), (["--model", "none.gguf"], "no such file"),
+    (["--train", "none.jsonl"], "none.jsonl"), (["--search", "bm25:none.jsonl"], "none.jsonl"), (["--search", "altavista"], "altavista"),
+    (["--group", "1"], "at least 2"), (["--temperature", "0"], "--temperature"), (["--resume", "nowhere"], "nowhere"), (["--max_turns", "0"], "--max_turns")])
+def test_bad_options_get_one_line(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = [] if "--resume" in argv else ["--out", str(tmp_path / "x")]
+    assert igpo.main([*SMALL, "--steps", "1", *argv, *out] if out else argv) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_unknown_option_is_an_error():
+    with pytest.raises(SystemExit) as e:
+        igpo.main(["--learning_rate", "1"])
+    assert e.value.code == 2
+
+
+@pytest.mark.parametrize("lines, said", [
+    ([GOOD, "{nonsense"], ":2: not JSON"), ([GOOD, "", '{"question": "Who?"}'], ":3: field \"answers\""), (['{"answers": ["x"]}'], ":1: field \"question\""),
+    (['{"question": "Who?", "answers": [""]}'], ":1: no gold answer"), (['{"question": "Who?", "answers": [3]}'], ":1: field \"answers\""),
+    (['["Who?"]'], ":1: a line must be an object"), ([""], "no questions"), ([GOOD + ","], ":1: not JSON")])
+def test_bad_questions_get_file_and_line(lines, said, tmp_path):
+    with pytest.raises(UserError) as e:
+        igpo.load_questions(jsonl(tmp_path / "q.jsonl", *lines))
+    assert said in str(e.value) and "q.jsonl" in str(e.value)
+
+
+def test_questions_in_other_layouts(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"id": 7, "question": "Who?", "golden_answers": ["Tavo", ""]}\r\n{"question": "And?", "answers": "Mira"}\r\n')
+    assert [(q["id"], q["answers"]) for q in igpo.load_questions(str(path))] == [("7", ["Tavo"]), ("2", ["Mira"])]
+
+
+def test_long_golds_are_cut_and_said_and_long_questions_refused(demo, tmp_path, capsys):
+    model, tokenizer, _, _, cfg = demo
+    assert len(igpo.encode_gold(tokenizer, "word " * 100)) == igpo.MAX_GOLD_TOKENS
+    igpo.check_data(tokenizer, [{"id": "a", "question": "Who?", "answers": ["word " * 100]}], model, cfg)
+    assert "1 of 1 gold answers are longer" in capsys.readouterr().out
+    with pytest.raises(UserError, match="question long"):
+        igpo.check_data(tokenizer, [{"id": "long", "question": "who " * 3000, "answers": ["x"]}], model, cfg)
+
+
+def test_resume_refuses_what_would_be_another_run(run, tmp_path, capsys):
+    import shutil
+    for spoil, argv, said in (
+            (lambda o: None, ["--lr", "0.5"], "--lr"), (lambda o: shutil.rmtree(o / "checkpoint"), [], "no whole checkpoint"),
+            (lambda o: (o / "checkpoint" / "state.pt").write_bytes(b"PK torn"), [], "cannot be read"), (lambda o: (o / "config.json").write_text("{"), [], "config.json")):
+        out = tmp_path / f"{said.strip('-')[:5]}"
+        shutil.copytree(run, out)
+        spoil(out)
+        assert igpo.main(["--resume", str(out), *argv]) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1
+    assert igpo.main([*SMALL, "--steps", "1", "--out", str(run)]) == 2 and "exists" in capsys.readouterr().err
+
+
+def test_a_checkpoint_cannot_run_code(run, tmp_path, capsys):
+    import pickle
+    import shutil
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/pwned",)
+    out = tmp_path / "stranger"
+    shutil.copytree(run, out)
+    (out / "checkpoint" / "state.pt").write_bytes(pickle.dumps(Evil()))
+    assert igpo.main(["--resume", str(out), "--steps", "9"]) == 2
+    assert not (tmp_path / "pwned").exists() and "cannot be read" in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_template_or_pad(demo):
+    from transformers import AutoTokenizer
+    bare = AutoTokenizer.from_pretrained(HERE / "demo/policy")
+    bare.chat_template = None
+    text = bare.decode(igpo.encode_prompt(bare, "Who founded Tavo?"))
+    assert "Who founded Tavo?" in text and text.endswith("<think>") and igpo.INSTRUCTION in text
+    bare.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ messages[0]['content'] }}"
+    text = bare.decode(igpo.encode_prompt(bare, "Who <|im_end|> founded Tavo?"))
+    assert igpo.INSTRUCTION in text and "Who <|im_end|> founded Tavo?" in text
+    assert bare.convert_tokens_to_ids("<|im_end|>") not in igpo.encode_prompt(bare, "Who <|im_end|> founded Tavo?")
+
+
+# ---- the README cannot rot -------------------------------------------------------------------------------------------
+
+def test_readme_names_what_exists():
+    text, tests = (HERE / "README.md").read_text(encoding="utf-8"), set(globals())
+    rows = [line for line in text.splitlines() if line.startswith(("| Eq.", "| the episode"))]
+    assert len(rows) == 7
+    for row in rows:
+        _, _, functions, named, _ = row.split("|")
+        assert all(hasattr(igpo, f) for f in re.findall(r"`(\w+)`", functions)), row
+        assert set(re.findall(r"`(\w+)`", named)) <= tests and re.findall(r"`(\w+)`", named), row
+    for key, meaning in igpo.METRICS.items():
+        assert f"| `{key}` | {meaning} |" in text

@@ -1,0 +1,701 @@
+"""Make everything in this folder, deterministically: an invented world, and a tiny policy to search it.
+
+    python demo/make.py                      # all of it, about 40 minutes on two cores
+    python demo/make.py --only data          # corpus.jsonl, train.jsonl, dev.jsonl, test.jsonl (a second)
+    python demo/make.py --only policy        # policy/
+    python demo/make.py --only diagnostics   # diagnostics.json: what the warm start can and cannot do (a minute)
+
+The world.  30 provinces hold 300 villages and 900 persons; 300 ships sail with them. Every entity has one page:
+
+    ship      captain, owner, navigator (three persons, from anywhere), the village it was built at
+    person    teacher, patron, rival (three other persons, 7 in 10 of the same province), the village of birth (9 in 10)
+    village   no fact that a question asks for: a distractor that names its neighbour and a person or two
+
+The geography is in the names. Northvel is a village of the province Vel, and Mara Veldric is of that province too. So a
+page on the way to the answer already says something about the answer, as it does in a real encyclopedia, and the reward
+for a good search does not wait for the last one. A surname is shared by thirty persons, a given name by fifteen or so, and
+the words of ships' names by about eighteen ships each: a sloppy query finds somebody else.
+
+The questions.  A chain ship -> person -> .. -> last fact, as many hops as pages must be read:
+
+    2   In which village was the captain of the ship Ardent Heron born?
+    3   In which village was the teacher of the captain of the ship Ardent Heron born?
+    4   Who is the rival of the patron of the teacher of the captain of the ship Ardent Heron?
+
+No ship of a dev or test question occurs in a train question, so no dev or test chain does.
+
+The names are the same in every world and the facts are drawn from the seed. Seed 0 is the world in this folder. Others
+serve to teach the policy to read without letting it learn this one by heart.
+
+The tokenizer.  Byte-level BPE in which a part of a name is a token: " Northvel" is " North" + "vel", " Veldric" is one. A
+policy of a million parameters copies a name that way in two steps.
+"""
+
+import argparse
+import collections
+import json
+import random
+import re
+import statistics
+import sys
+import time
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))  # search_tool.py lies one folder up
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names: the same in every world. Each is one token with a space before it and one token without (check_tokenizer).
+
+PROVINCES = """Vel Tor Kar Mos Dun Fen Gal Hul Jor Lin Nor Oss Pel Quin Ras Sed Tam Ulm Vor Wex Yar Zed Bor Cam Dre Eld
+Fos Gry Hav Isk""".split()
+SURNAMES = {province: province + "dric" for province in PROVINCES}         # one family name a province
+VILLAGE_STEMS = "North South East West High Low Old New Long Cold".split()  # a village is a stem and its province: Northvel
+GIVEN_NAMES = """Mara Tomas Ilse Anton Bea Casper Delia Edda Flora Gideon Hester Ivo Judith Konrad Lydia Magnus
+Nadia Oskar Petra Rupert Sabine Tilda Ursula Viktor Wanda Xeno Yara Zora Agnes Bruno Clara Dario Elsa Felix Greta
+Hugo Irma Jasper Katja Leo Miriam Nestor Olga Philip Rosa Stefan Thea Ulrich Vera Walter Alma Basil Cora Dora Emil
+Frida Gus Helga Ignaz Jana""".split()
+ADJECTIVES = """Ardent Bold Calm Daring Eager Fond Gallant Hasty Iron Jolly Kindly Lucky Merry Noble Patient Quiet
+Rapid Silent""".split()
+ANIMALS = """Heron Falcon Gull Badger Otter Lynx Marten Raven Stork Curlew Plover Osprey Puffin Petrel Kestrel Buzzard
+Coot""".split()
+TRADES = """weaver potter baker cooper glazier mason carpenter tanner miller tailor brewer printer farrier gardener
+surgeon notary clerk barber saddler chandler fletcher smith painter""".split()
+GOODS = "wool salt honey copper timber linen cider cheese barley leather candles pottery paper wax rope glass".split()
+
+SHIP_RELATIONS = ("captain", "owner", "navigator")
+PERSON_RELATIONS = ("teacher", "patron", "rival")
+
+# The pages. Every fact stands beside the word that a question uses for it, and every name has a space before it.
+SHIP_PAGES = (
+    "The ship {title} was built at {built} and sails under the captain {captain}. "
+    "The owner {owner} chooses the route, and the navigator {navigator} keeps the charts.",
+    "The ship {title} belongs to the owner {owner}, who pays the captain {captain} and the navigator {navigator}. "
+    "It was built at {built} out of seasoned oak.",
+    "The ship {title} finds the way with the help of the navigator {navigator}. "
+    "It was built at {built}, paid for by the owner {owner}, and given to the captain {captain}.",
+)
+PERSON_PAGES = (
+    "The {trade} {title} was born in {born} and learned the craft from the teacher {teacher}. "
+    "The work is paid for by the patron {patron} and mocked by the rival {rival}.",
+    "The {trade} {title}, a pupil of the teacher {teacher}, has long served the patron {patron} and fought the rival {rival}. "
+    "The records say that the {trade} was born in {born}.",
+    "The {trade} {title} keeps an eye on the rival {rival} and on the purse of the patron {patron}. "
+    "The {trade} was born in {born} and spent seven years with the teacher {teacher}.",
+)
+VILLAGE_PAGES = (
+    "The village {title} lies in the province of {province}, a day by cart from {near}. "
+    "The market sells {goods}, and people there speak well of the {trade} {person}.",
+    "In the province of {province}, on the road to {near}, lies the village {title}. "
+    "It is known for its {goods}, and travellers may meet {person} or {other} at the inn.",
+    "The village {title} trades {goods} with {near}. "
+    "It is one of the older places in the province of {province}, and the {trade} {person} keeps a house by the river.",
+)
+BIRTH_QUESTION = "In which village was the {chain} born?"
+PERSON_QUESTION = "Who is the {chain}?"
+THOUGHTS = ("I need more.", "Now there's enough information to answer.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world
+
+
+class World:
+    """One world, drawn from a seed.
+
+    pages      list of {"id", "title", "text"}, one per entity, in the order of the corpus
+    page_of    title -> page
+    facts      title -> {relation: title}; captain, owner, navigator and built of a ship;
+               teacher, patron, rival and born of a person
+    province   title of a person or a village -> prefix of its province
+    ships      {"train", "dev", "test", "all"} -> titles of the ships that the questions of that split may start from
+    """
+
+    def __init__(self, seed: int = 0):
+        rng = random.Random(seed)
+        self.seed = seed
+        self.facts: dict[str, dict[str, str]] = {}
+        self.province: dict[str, str] = {}
+        villages, persons = {}, {}
+        for prefix in PROVINCES:
+            villages[prefix] = [stem + prefix.lower() for stem in VILLAGE_STEMS]
+            persons[prefix] = [f"{given} {SURNAMES[prefix]}" for given in rng.sample(GIVEN_NAMES, 30)]
+            self.province.update(dict.fromkeys(villages[prefix] + persons[prefix], prefix))
+        all_villages = [v for prefix in PROVINCES for v in villages[prefix]]
+        all_persons = [p for prefix in PROVINCES for p in persons[prefix]]
+        all_ships = [f"{a} {b}" for a, b in rng.sample([(a, b) for a in ADJECTIVES for b in ANIMALS], 300)]
+
+        texts = {}
+        trade = {person: rng.choice(TRADES) for person in all_persons}
+        for person in all_persons:
+            prefix = self.province[person]
+            near_ones, given = [], {person.split()[0]}
+            while len(near_ones) < len(PERSON_RELATIONS):       # a given name means one person on a page
+                other = rng.choice(persons[prefix] if rng.random() < 0.7 else all_persons)
+                if other.split()[0] not in given:
+                    near_ones.append(other)
+                    given.add(other.split()[0])
+            born = rng.choice(villages[prefix] if rng.random() < 0.9 else all_villages)
+            self.facts[person] = dict(zip(PERSON_RELATIONS, near_ones), born=born)
+            texts[person] = rng.choice(PERSON_PAGES).format(title=person, trade=trade[person], **self.facts[person])
+        for ship in all_ships:
+            crew = dict(zip(SHIP_RELATIONS, rng.sample(all_persons, 3)))
+            self.facts[ship] = dict(crew, built=rng.choice(all_villages))
+            texts[ship] = rng.choice(SHIP_PAGES).format(title=ship, **self.facts[ship])
+        for village in all_villages:
+            prefix = self.province[village]
+            person, other = rng.sample(persons[prefix], 2)
+            texts[village] = rng.choice(VILLAGE_PAGES).format(
+                title=village, province=prefix, near=rng.choice([v for v in villages[prefix] if v != village]),
+                goods=rng.choice(GOODS), trade=trade[person], person=person, other=other)
+
+        titles = list(texts)
+        rng.shuffle(titles)  # so that an id says nothing about the kind of page
+        self.pages = [{"id": f"p{i:04d}", "title": title, "text": texts[title]} for i, title in enumerate(titles)]
+        self.page_of = {page["title"]: page for page in self.pages}
+        self.ships = {"train": all_ships[:220], "dev": all_ships[220:260], "test": all_ships[260:], "all": all_ships}
+
+    def question(self, ship: str, hops: int, village: bool, rng: random.Random) -> dict | None:
+        """A random question of `hops` pages from this ship, for a village or a person; None where it meets one twice.
+
+        Besides the fields that are written to disk: "chain", the titles of the supporting pages in hop order, and
+        "relations", the fact to look up on each of them, the last of which is the answer.
+        """
+        relations = [rng.choice(SHIP_RELATIONS)] + [rng.choice(PERSON_RELATIONS) for _ in range(hops - 2)]
+        relations.append("born" if village else rng.choice(PERSON_RELATIONS))
+        walk = [ship]
+        for relation in relations:
+            walk.append(self.facts[walk[-1]][relation])
+        if len(set(walk)) < len(walk):
+            return None
+        named = relations[:-1] if relations[-1] == "born" else relations
+        chain = " of the ".join(reversed(named)) + f" of the ship {ship}"
+        form = BIRTH_QUESTION if relations[-1] == "born" else PERSON_QUESTION
+        return {
+            "question": form.format(chain=chain), "answers": [walk[-1]],
+            "supporting": [self.page_of[title]["id"] for title in walk[:-1]], "hops": hops,
+            "chain": walk[:-1], "relations": relations,
+        }
+
+    def questions(self, split: str, count: int, seed: int = 0) -> list[dict]:
+        """`count` different questions, shuffled: 2, 3 and 4 hops in equal parts, 7 in 10 for a village.
+
+        No answer is right more often than once in a hundred questions. `seed` draws others from the same world.
+        """
+        rng = random.Random(f"{self.seed} {split} {seed}")  # a str seeds by its sha512, the same on every machine
+        found: dict[str, dict] = {}
+        often, limit = collections.Counter(), max(1, count // 100)
+        for i in range(count):
+            village = rng.random() < 0.7
+            for _ in range(10_000):
+                question = self.question(rng.choice(self.ships[split]), 2 + i % 3, village, rng)
+                if question and question["question"] not in found and often[question["answers"][0]] < limit:
+                    break
+            else:
+                raise ValueError(f"the {split} ships of one world do not have {count} different questions")
+            found[question["question"]] = question
+            often[question["answers"][0]] += 1
+        order = list(found.values())
+        rng.shuffle(order)
+        return [{"id": f"{split}-{i:04d}", **question} for i, question in enumerate(order)]
+
+
+def write_jsonl(path: Path, rows: list[dict], fields: tuple[str, ...]):
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps({field: row[field] for field in fields}, ensure_ascii=False) + "\n")
+
+
+SIZES = {"train": 2400, "dev": 200, "test": 200}
+
+
+def make_data(folder: Path = FOLDER, seed: int = 0) -> tuple[World, dict[str, list[dict]]]:
+    """Write corpus.jsonl and the three question files; return the world and the questions by split."""
+    world = World(seed)
+    splits = {split: world.questions(split, count) for split, count in SIZES.items()}
+    write_jsonl(folder / "corpus.jsonl", world.pages, ("id", "title", "text"))
+    for split, rows in splits.items():
+        write_jsonl(folder / f"{split}.jsonl", rows, ("id", "question", "answers", "supporting", "hops"))
+    return world, splits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+TAGS = [f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")]
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+# The system message holds long instructions, of no use to a policy that has learned the format by imitation: left out.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def names() -> list[str]:
+    """Every part of a name that is to be one token after a space ("in Velmar") and at the start of a text alike."""
+    return VILLAGE_STEMS + PROVINCES + list(SURNAMES.values()) + GIVEN_NAMES + ADJECTIVES + ANIMALS
+
+
+def template_words() -> list[str]:
+    """Every other word of pages, questions and thoughts, as the pre-tokenizer cuts it: with the space before it."""
+    texts = [re.sub(r"\{\w+\}", "", text) for text in SHIP_PAGES + PERSON_PAGES + VILLAGE_PAGES
+             + (BIRTH_QUESTION, PERSON_QUESTION) + THOUGHTS]
+    texts += [f"user assistant of the ship {word} " for word in SHIP_RELATIONS + PERSON_RELATIONS]
+    texts += [" " + word for word in TRADES + GOODS]
+    return list(dict.fromkeys(word for text in texts for word in re.findall(r"'s| ?[A-Za-z]+", text)))
+
+
+def syllable_merges() -> list[tuple[str, str]]:
+    """BPE merges, written down instead of counted, so that no merge ever crosses from one syllable into the next.
+
+    Each word is cut by the merges so far, and what is left of it is merged from the left: "Vel" adds (V, e), (Ve, l).
+    Prefixes come first, then suffixes, and the space last: within " Velmar", "Vel" and "mar" are whole before any later
+    merge gets its turn, and none joins the two.
+    """
+    merges: dict[tuple[str, str], int] = {}
+
+    def add(word: str):
+        pieces = list(word.replace(" ", "Ġ"))  # Ġ is a space in the alphabet of byte-level BPE
+        while len(pieces) > 1:
+            known = [pair for pair in zip(pieces, pieces[1:]) if pair in merges]
+            pair = min(known, key=merges.get) if known else (pieces[0], pieces[1])
+            merges.setdefault(pair, len(merges))
+            at = next(i for i in range(len(pieces)) if tuple(pieces[i:i + 2]) == pair)
+            pieces[at:at + 2] = ["".join(pair)]
+
+    bare = names() + [province.lower() for province in PROVINCES]
+    for word in names() + [" " + name for name in names()] + [province.lower() for province in PROVINCES] + template_words():
+        add(word)
+    return list(merges)
+
+
+def make_tokenizer():
+    """The policy's tokenizer: any text can be encoded (all 256 bytes are there), a word of the world is one token.
+
+    Qwen2's class, because AutoTokenizer takes that one for a folder with a Qwen2 model, whatever the folder asks for.
+    Its NFC normalisation and its <|endoftext|> come with it; the latter pads, as in Qwen2.5, and <|im_end|> stops.
+    """
+    from tokenizers import AddedToken, pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    merges = syllable_merges()
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary, merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def check_tokenizer(tokenizer):
+    """Raise unless every name a world can hold is cut as intended, and every (NFC) text comes back as it went in."""
+    def pieces(text):
+        return [tokenizer.decode([i]) for i in tokenizer.encode(text, add_special_tokens=False)]
+
+    def expect(text, parts):
+        if pieces(text) != parts:
+            raise ValueError(f"{text!r} is cut into {pieces(text)}, not {parts}")
+
+    for space in ("", " "):
+        for name in names():
+            expect(space + name, [space + name])
+        for stem in VILLAGE_STEMS:
+            for province in PROVINCES:
+                expect(space + stem + province.lower(), [space + stem, province.lower()])
+    for word in template_words() + TAGS + CHAT_TOKENS:
+        expect(word, [word])
+    expect("\nNow there's enough information to answer.\n</think>\n<answer>\nNorthvel\n</answer>",
+           ["\n", "Now", " there", "'s", " enough", " information", " to", " answer", ".", "\n", "</think>", "\n",
+            "<answer>", "\n", "North", "vel", "\n", "</answer>"])
+    many = unicodedata.normalize("NFC", "".join(map(chr, range(1, 0x3000, 9))))
+    for text in ("", " ", "a  b \n\n c\t", "Zoë Åström, 42 km; naïve \u200d 你好 🙂🏴‍☠️ \x00\x7f",
+                 "<think>x</think >  <|im_end|>", "don't , stop . it 's", many):
+        if tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) != text:
+            raise ValueError(f"does not round-trip: {text!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The warm start: a good reader and a poor searcher
+#
+# Scripted searchers, in worlds drawn afresh so that no fact of the committed one is ever seen, write trajectories with
+# igpo.py's own tokens, and the policy is trained on three things at once (each its own mean, then summed):
+#   searcher   the policy's own text of a poor searcher's trajectory, its random queries included
+#   reader     the gold answer under igpo.py's probe at *every* boundary, on poor trajectories (so the reader meets wrong
+#              pages as often as the searcher errs, and is calibrated on them) and on ones that follow the chain
+#   pages      the text of prompts and pages, with a small weight: it makes copying and matching come much sooner
+
+RIGHT_FIRST, RIGHT_NEXT = 0.5, 0.35        # how often the poor searcher asks for the next page of the chain
+STOP, STOP_DONE = 0.2, 0.35                # how often it answers after a search, before and after it has read the whole chain
+MAX_TURNS = 6
+
+
+def scripted_rollout(tokenizer, world, search, question: dict, rng: random.Random, gold_path: bool, max_turns: int = MAX_TURNS):
+    """A trajectory as igpo.rollout would have written it, by a searcher that follows the chain or by a poor one."""
+    import igpo
+
+    prompt = igpo.encode_prompt(tokenizer, question["question"])
+    r = igpo.Rollout(list(prompt), [0] * len(prompt), [-1] * len(prompt), [len(prompt)])
+    chain, read = question["chain"], []
+    known = [chain[0]]                                     # entities the searcher has met: the question's, then those of each page read
+    for turn in range(max_turns):
+        done = all(title in read for title in chain)
+        stop = done if gold_path else turn > 0 and rng.random() < (STOP_DONE if done else STOP)
+        if stop or turn == max_turns - 1:
+            answer = f"\n{THOUGHTS[1]}\n</think>\n<answer>\n{question['answers'][0]}\n</answer>"
+            r.write(igpo.encode(tokenizer, answer), True, turn)
+            r.answer, r.stop = question["answers"][0], "answer"
+            return r
+        target = next((title for title in chain if title not in read), None)
+        if target in known and (gold_path or rng.random() < (RIGHT_NEXT if read else RIGHT_FIRST)):
+            query = target
+        elif not read or rng.random() < 0.1:               # a word or two of the question
+            query = " ".join(rng.sample(question["relations"][:-1] + ["ship", "village"], rng.choice((1, 2))))
+        else:
+            query = rng.choice(known[-8:])
+        r.write(igpo.encode(tokenizer, f"\n{THOUGHTS[0]}\n</think>\n<search> {query} </search>"), True, turn)
+        found = search.search(query, 1)
+        r.queries.append(query)
+        r.retrieved.append(list(found))
+        r.write(igpo.encode_information(tokenizer, found, None, 100), False, turn)
+        r.boundaries.append(len(r.ids))
+        for passage in found:
+            read.append(passage.title)
+            known += [passage.title, *world.facts.get(passage.title, {}).values()]
+    raise AssertionError("unreachable")
+
+
+def training_row(tokenizer, rollout, gold: str, learn_searching: bool, learn_pages: bool) -> tuple[dict, list[int]]:
+    """(row for igpo.token_logps, kind of each target: 0 searcher, 1 reader, 2 page)."""
+    import igpo
+
+    schema = igpo.encode(tokenizer, igpo.SCHEMA)
+    probe = schema + igpo.encode_gold(tokenizer, gold)
+    row = igpo.one_pass(rollout, [probe] * len(rollout.boundaries), len(schema))
+    written = set(row["targets"])
+    kinds = [0 if j < len(rollout.ids) else 1 for j in row["targets"]]
+    pages = [j for j in range(1, len(rollout.ids)) if j not in written]
+    if learn_pages:
+        row["targets"], kinds = row["targets"] + pages, kinds + [2] * len(pages)
+    if not learn_searching:
+        # The gold path teaches to read, not where to go; what it answers is the reader's business already.
+        chosen = [(j, kind) for j, kind in zip(row["targets"], kinds) if kind]
+        row["targets"], kinds = [j for j, _ in chosen], [kind for _, kind in chosen]
+    return row, kinds
+
+
+def walks(world, titles: list[str]) -> list[tuple[str, list[str], str]]:
+    """Every (start, relations, answer) that can be read off these pages: each page on the way is one of them."""
+    found, open_ends = [], [(title, [], title, {title}) for title in titles]
+    while open_ends:
+        start, relations, at, met = open_ends.pop()
+        for relation, value in world.facts[at].items():
+            if relation != "built" and value not in met:
+                found.append((start, relations + [relation], value))
+                if value in titles:
+                    open_ends.append((start, relations + [relation], value, met | {value}))
+    return found
+
+
+def ask(world, start: str, relations: list[str]) -> str:
+    """The question for a walk."""
+    ship = "captain" in world.facts[start]
+    named = relations[:-1] if relations[-1] == "born" else relations
+    chain = " of the ".join(reversed(named)) + " of " * bool(named) + ("the ship " if ship else "") + start
+    form = BIRTH_QUESTION if relations[-1] == "born" else PERSON_QUESTION
+    return form.format(chain=chain) if named else form.replace("the {chain}", start)
+
+
+def lookup_row(tokenizer, world, question: dict, rng: random.Random, pages: int, probes: int = 12) -> tuple[dict, list[int]]:
+    """Pages as search results, and beside them a dozen questions that they answer, of one hop and more, each a probe of its own."""
+    import igpo
+    from search_tool import Passage
+
+    chain = question["chain"]
+    titles = [rng.choice(chain)] if pages == 1 else chain[:pages]
+    strangers = [value for title in titles for relation, value in world.facts[title].items() if value in world.facts and value not in chain]
+    while len(titles) < pages:
+        titles = titles + [rng.choice(strangers)]
+    titles = list(dict.fromkeys(titles))
+    if rng.random() < 0.5:
+        rng.shuffle(titles)
+    ids = igpo.encode(tokenizer, "\n<think>")
+    for title in titles:
+        ids = ids + igpo.encode_information(tokenizer, [Passage(**world.page_of[title])], None, 100)
+    found = walks(world, titles)
+    by_length = collections.defaultdict(list)
+    for walk in found:
+        by_length[len(walk[1])].append(walk)
+    chosen = [rng.choice(by_length[rng.choice(list(by_length))]) for _ in range(probes)]
+    texts, answers = [], []
+    for start, relations, value in chosen:
+        answer = igpo.encode(tokenizer, value)
+        texts.append(igpo.encode(tokenizer, f" {ask(world, start, relations)}\n<answer>\n") + answer)
+        answers.append(len(answer))
+    r = igpo.Rollout(ids, [0] * len(ids), [0] * len(ids), [len(ids)] * probes)
+    row = igpo.one_pass(r, texts, 0)
+    at, row["targets"] = len(ids), []
+    for text, n in zip(texts, answers):
+        row["targets"] += range(at + len(text) - n, at + len(text))
+        at += len(text)
+    return row, [1] * len(row["targets"])
+
+
+@dataclass
+class Stage:
+    """A part of the warm start. Each begins with a new optimizer and with worlds of its own, from first_world on."""
+    first_world: int
+    steps: int
+    horizon: int                    # the learning rate falls linearly and would reach 0 here
+    lookups: float                  # share of rows that are lookups; the rest are trajectories
+    pages: tuple[tuple[int, tuple], ...]  # (until step, numbers of pages in a lookup)
+    short: int = 0                  # until this step: only 2-hop questions, at most 2 searches, and page text is learned as well
+
+
+# Copying the word after a relation comes first, on one page; then telling pages apart and following a chain; then the episode.
+# In any other order that was tried (the episode alone, three pages from the start) the reader stayed at guessing a name that it had seen.
+STAGES = (
+    Stage(1, steps=500, horizon=3000, lookups=1.0, pages=((10**9, (1,)),)),
+    Stage(500, steps=500, horizon=3000, lookups=1.0, pages=((300, (2,)), (10**9, (2, 3, 4)))),
+    Stage(1000, steps=1300, horizon=1300, lookups=0.25, pages=((10**9, (2, 3, 4)),), short=200),
+)
+
+
+def make_policy(folder: Path, tokenizer, rows_per_step: int = 32, lr: float = 2e-3, hidden: int = 128, layers: int = 4):
+    """Train the policy from nothing (about half an hour on two cores) and save it as an ordinary Hugging Face model folder."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.04,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    for stage in STAGES:
+        train_stage(model, tokenizer, stage, rows_per_step, lr)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def train_stage(model, tokenizer, stage: Stage, rows_per_step: int, lr: float):
+    import torch
+
+    import igpo
+    from search_tool import BM25, Passage
+
+    rng = random.Random("warm start")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, max(0.02, 1 - i / stage.horizon)))
+    start, means = time.time(), [0.0] * 3
+    for step in range(stage.steps):
+        short = step < stage.short
+        if step % 10 == 0:
+            world = World(stage.first_world + step // 10)
+            search = BM25([Passage(**page) for page in world.pages])
+            questions = world.questions("all", (30 if short else 10) * rows_per_step)
+            if short:
+                questions = [q for q in questions if q["hops"] == 2]
+        examples = []
+        for i in range(rows_per_step):
+            question = questions[step % 10 * rows_per_step + i]
+            if i < stage.lookups * rows_per_step:
+                pages = next(numbers for until, numbers in stage.pages if step < until)
+                examples.append(lookup_row(tokenizer, world, question, rng, rng.choice(pages)))
+            else:
+                gold_path = i % 3 == 0
+                trajectory = scripted_rollout(tokenizer, world, search, question, rng, gold_path, 3 if short else MAX_TURNS)
+                examples.append(training_row(tokenizer, trajectory, question["answers"][0], not gold_path, short))
+        rows, kinds = [row for row, _ in examples], [torch.tensor(kind) for _, kind in examples]
+        counts = torch.stack([(torch.cat(kinds) == kind).sum() for kind in range(3)]).clamp(min=1)
+        for batch in igpo.by_tokens([len(row["ids"]) for row in rows], 4096):
+            scores = torch.cat(igpo.token_logps(model, [rows[i] for i in batch], 1.0))
+            kind = torch.cat([kinds[i] for i in batch])
+            losses = torch.stack([-scores[kind == k].sum() for k in range(3)]) / counts
+            losses.sum().backward()
+            means = [m + loss / 50 for m, loss in zip(means, losses.tolist())]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1:5}  searcher {means[0]:.3f}  reader {means[1]:.3f}  pages {means[2]:.3f}  {(time.time() - start) / (step + 1):.2f} s a step", flush=True)
+            means = [0.0] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the warm start is like, measured on the committed world
+
+
+def diagnose(folder: Path, world: World, questions: list[dict], samples: int = 4) -> dict:
+    """Is it a calibrated reader and a poor searcher? Every number comes from igpo.py's own rollout and score.
+
+    gold_path      by hops: mean belief (log-prob per gold token) at b_0 .. b_hops of trajectories that follow the chain
+    wrong_path     by hops: the same where every page read is of an entity off the chain
+    gains          on the policy's own sampled rollouts, by turn: mean gain in probability, and of right searches (the page
+                   belongs to the chain and is new) and wrong ones, in probability and in log-probability, and how many
+    guess          share of right answers when it must answer at once
+    f1             by hops: F1 of sampled and of greedy rollouts, exact match, turns
+    """
+    import torch
+    from dataclasses import replace
+
+    import igpo
+    from search_tool import BM25, Passage
+
+    cfg = igpo.Config(**{**igpo.DEMO, "model": str(folder / "policy"), "group": samples})
+    torch.manual_seed(0)
+    model, tokenizer = igpo.load_model(cfg)
+    search = BM25([Passage(**page) for page in world.pages])
+    rng = random.Random("diagnose")
+    mean = lambda values: round(statistics.mean(values), 4) if values else None
+    out = {"gold_path": {}, "wrong_path": {}, "gains": {}, "f1": {}}
+
+    class Only:
+        """A search that finds nothing but pages off the chain."""
+        def __init__(self, chain):
+            self.chain = chain
+
+        def search(self, query, k):
+            others = list(search.search(query, 10)) + [Passage(**page) for page in rng.sample(world.pages, 20)]
+            return next([p] for p in others if p.title not in self.chain)
+
+    for hops in (2, 3, 4):
+        some = [q for q in questions if q["hops"] == hops]
+        gold = [scripted_rollout(tokenizer, world, search, q, rng, True) for q in some]
+        wrong = [scripted_rollout(tokenizer, world, Only(q["chain"]), q, rng, False) for q in some]
+        for name, rollouts in (("gold_path", gold), ("wrong_path", wrong)):
+            _, beliefs = igpo.score(model, tokenizer, rollouts, [q["answers"] for q in some], cfg)
+            out[name][hops] = [mean([b[t] for b in beliefs if len(b) > t]) for t in range(hops + 1)]
+
+    rollouts = igpo.rollout(model, tokenizer, questions, search, cfg)
+    asked = [q for q in questions for _ in range(samples)]
+    _, beliefs = igpo.score(model, tokenizer, rollouts, [q["answers"] for q in asked], cfg)
+    gains = collections.defaultdict(list)
+    for r, q, b in zip(rollouts, asked, beliefs):
+        read = set()
+        for t, (in_log, in_prob) in enumerate(zip(igpo.info_gains(b), igpo.info_gains(b, "prob")), 1):
+            new = {p.id for p in r.retrieved[t - 1]} - read
+            gains[t].append((bool(new & set(q["supporting"])), in_prob, in_log))
+            read |= new
+    for t, rows in sorted(gains.items()):
+        out["gains"][t] = {"searches": len(rows), "right_share": mean([r for r, _, _ in rows]), "prob": mean([p for _, p, _ in rows]),
+                           "prob_right": mean([p for r, p, _ in rows if r]), "prob_wrong": mean([p for r, p, _ in rows if not r]),
+                           "logprob": mean([g for _, _, g in rows]),
+                           "logprob_right": mean([g for r, _, g in rows if r]), "logprob_wrong": mean([g for r, _, g in rows if not r])}
+    at_once = igpo.rollout(model, tokenizer, questions, search, replace(cfg, max_turns=1, group=1, temperature=0.0))
+    answers = [r.answer or "" for r in at_once]
+    usual = collections.Counter(q["answers"][0] for q in questions).most_common(1)[0][1]
+    out["guess"] = {"answered_at_once": mean([r.stop == "answer" for r in at_once]), "em_at_once": mean([igpo.exact_match(a, q["answers"]) for a, q in zip(answers, questions)]),
+                    "most_common_answer": round(usual / len(questions), 4)}
+    greedy = igpo.rollout(model, tokenizer, questions, search, replace(cfg, group=1, temperature=0.0))
+    for hops in (2, 3, 4, "all"):
+        def pick(rs, qs):
+            return [(r, q["answers"]) for r, q in zip(rs, qs) if hops in ("all", q["hops"])]
+        sampled, best = pick(rollouts, asked), pick(greedy, questions)
+        out["f1"][hops] = {"sampled": mean([igpo.f1_score(r.answer, a) for r, a in sampled]), "greedy": mean([igpo.f1_score(r.answer, a) for r, a in best]),
+                           "em_sampled": mean([igpo.exact_match(r.answer, a) for r, a in sampled]), "em_greedy": mean([igpo.exact_match(r.answer, a) for r, a in best]),
+                           "turns": mean([len(r.boundaries) for r, _ in sampled])}
+    out["stop"] = dict(collections.Counter(r.stop for r in rollouts))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is true of the data, counted
+
+
+def check_data(world: World, splits: dict[str, list[dict]], tokenizer) -> dict:
+    """Raise where the data breaks a promise of this file's docstring; return the numbers worth knowing."""
+    from search_tool import BM25, Passage
+
+    entities = list(world.page_of)
+    assert len(entities) == len(world.pages) == 1500
+    for page in world.pages:
+        words = page["text"].split()
+        assert 25 <= len(words) <= 70, page
+        for fact in [page["title"], *world.facts.get(page["title"], {}).values()]:
+            assert f" {fact}" in page["text"], (fact, page)
+    for split, rows in splits.items():
+        assert len({row["question"] for row in rows}) == len(rows)
+        for row in rows:
+            answer = row["answers"][0]
+            assert answer not in row["question"] and answer not in row["chain"], row
+            assert len(row["supporting"]) == row["hops"] == len(row["chain"]), row
+    first_pages = {split: {row["supporting"][0] for row in rows} for split, rows in splits.items()}
+    assert len(set().union(*first_pages.values())) == sum(map(len, first_pages.values()))  # no ship in two splits
+
+    def most(values):
+        return collections.Counter(values).most_common(1)[0]
+
+    words = [len(page["text"].split()) for page in world.pages]
+    tokens = [len(tokenizer.encode(page["text"])) for page in world.pages]
+    search = BM25([Passage(id=page["id"], title=page["title"], text=page["text"]) for page in world.pages])
+    kinds = collections.defaultdict(list)
+    surname_hits = []
+    for page in world.pages:
+        title = page["title"]
+        kind = "ship" if "built" in world.facts.get(title, {}) else "person" if title in world.facts else "village"
+        kinds[kind].append(search.search(title, 1)[0].id == page["id"])
+        if kind == "person":
+            surname_hits.append(search.search(title.split()[1], 1)[0].id == page["id"])
+    near = collections.defaultdict(list)
+    for row in splits["train"]:
+        near[row["hops"]].append(world.province[row["answers"][0]] == world.province[row["chain"][1]])
+    answers = {split: [row["answers"][0] for row in rows] for split, rows in splits.items()}
+    questions = [row["question"] for rows in splits.values() for row in rows]
+    bearers = collections.Counter(title.split()[1] for title in world.facts if title in world.province)
+    mentions = collections.Counter(word for page in world.pages for word in set(re.findall(r"\w+", page["text"])))
+    return {
+        "pages": len(world.pages),
+        "questions": {split: dict(sorted(collections.Counter(row["hops"] for row in rows).items()))
+                      for split, rows in splits.items()},
+        "words per page (min, mean, max)": [min(words), round(statistics.mean(words), 1), max(words)],
+        "tokens per page (mean, max)": [round(statistics.mean(tokens), 1), max(tokens)],
+        "tokens per question (max)": max(len(tokenizer.encode(question)) for question in questions),
+        "vocabulary": len(tokenizer),
+        "share of the most common answer": {
+            split: round(most(golds)[1] / len(golds), 4) for split, golds in answers.items()},
+        "dev right by the most common train answer":
+            answers["dev"].count(most(answers["train"])[0]) / len(answers["dev"]),
+        "answer of the first person's province, by hops": {
+            hops: round(statistics.mean(hits), 3) for hops, hits in sorted(near.items())},
+        "different answers in train": len(set(answers["train"])),
+        "share asking for a village": round(
+            statistics.mean(row["relations"][-1] == "born" for row in splits["train"]), 3),
+        "BM25 finds a page by its full title": {
+            kind: round(statistics.mean(hits), 3) for kind, hits in sorted(kinds.items())},
+        "BM25 finds the ship by the whole question": round(statistics.mean(
+            search.search(row["question"], 1)[0].title == row["chain"][0] for row in splits["dev"]), 3),
+        "BM25 finds a person's page by the surname": round(statistics.mean(surname_hits), 3),
+        "persons of one surname (mean, max)": [round(statistics.mean(bearers.values()), 1), max(bearers.values())],
+        "pages that hold one surname (mean)": round(statistics.mean(mentions[surname] for surname in bearers), 1),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Make the demo: its world, its questions, its policy.")
+    parser.add_argument("--only", choices=("data", "policy", "diagnostics"), help="make this part alone")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (default: this one)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer()
+    check_tokenizer(tokenizer)
+    if args.only in (None, "data"):
+        world, splits = make_data(args.out)
+        for what, number in check_data(world, splits, tokenizer).items():
+            print(f"{what:48} {number}")
+    if args.only in (None, "policy"):
+        make_policy(args.out / "policy", tokenizer)
+    if args.only in (None, "diagnostics"):
+        world = World(0)
+        text = json.dumps(diagnose(args.out, world, world.questions("dev", SIZES["dev"])), indent=1)
+        (args.out / "diagnostics.json").write_text(text + "\n", encoding="utf-8")
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
