@@ -1,23 +1,46 @@
-"""Tests of igpo.py. Numbers are worked out by hand or by a slow, obvious form beside the fast one."""
+"""Tests of igpo.py, search_tool.py and eval.py.
+
+Numbers are worked out by hand or by a slow, obvious form beside the fast one; servers are real ones in this process.
+"""
+import base64
 import doctest
+import gzip
+import hashlib
+import http.server
 import json
 import math
 import os
+import random
 import re
+import shutil
 import signal
+import sqlite3
+import ssl
 import subprocess
 import sys
+import threading
 import time
+import unicodedata
+import urllib.parse
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import asdict, fields, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
 import igpo
+import search_tool
+from eval import bootstrap, compare, cover_em, load_benchmark, measure, read_benchmark, summarise
 from igpo import (Config, Rollout, UserError, credit, exact_match, f1_score, info_gains, outcome_reward, parse_turn,
-                  policy_loss, rollout, score, turn_returns, turn_rewards)
-from search_tool import BM25, Passage, open_search
+    policy_loss, rollout, score, turn_returns, turn_rewards)
+from search_tool import (BM25, Passage, Results, SearchError, clean_query, clean_text, open_search, read_passages, tokenize)
 
 HERE = Path(igpo.__file__).resolve().parent
 
@@ -257,10 +280,19 @@ def test_ids_mask_and_turns_tell_what_was_generated(demo, played):
 def test_greedy_rollout_equals_reading_everything_again(demo):
     """The KV cache across turns, rows leaving the batch and holes in the mask change nothing: same ids as one row at a time without a cache."""
     model, tokenizer, search, questions, cfg = demo
-    greedy = replace(cfg, temperature=0.0, group=1)
+    greedy = replace(cfg, temperature=0.0, group=1, max_info_tokens=2000)
+
+    class Uneven:
+        """Now and then a page that leaves no room in the context: that row ends, the others go on."""
+        calls = 0
+
+        def search_many(self, queries, k):
+            self.calls += 1
+            return [[Passage("big", "big", "x " * 2000)] if (i + self.calls) % 5 == 0 else found for i, found in enumerate(search.search_many(queries, 1 + self.calls % 2))]
+    search_too = Uneven()
     lm = igpo.unwrap(model)
-    together = rollout(model, tokenizer, questions[:24], search, greedy)
-    assert len({len(r.boundaries) for r in together}) > 1
+    together = rollout(model, tokenizer, questions[:24], search_too, greedy)
+    assert len({len(r.boundaries) for r in together}) > 2
     for r in together:
         for t, boundary in enumerate(r.boundaries):
             own = [j for j in range(len(r.ids)) if r.turns[j] == t and r.mask[j]]
@@ -407,7 +439,7 @@ def test_a_run_leaves_what_the_readme_says(run):
     assert len(kept) == 16
     for k in kept:
         assert len(k["turns"]) == len(k["beliefs"])
-        assert [t["gain"] for t in k["turns"]] == pytest.approx(info_gains(k["beliefs"], config["gain"])) + [None] if len(k["turns"]) > 1 else True
+        assert [t["gain"] for t in k["turns"]] == info_gains(k["beliefs"], config["gain"]) + [None]
         assert (k["stop"] == "answer") == (k["answer"] is not None)
 
 
@@ -609,3 +641,1207 @@ def test_readme_names_what_exists():
         assert set(re.findall(r"`(\w+)`", named)) <= tests and re.findall(r"`(\w+)`", named), row
     for key, meaning in igpo.METRICS.items():
         assert f"| `{key}` | {meaning} |" in text
+
+
+# ==== search_tool.py =====================================================================================================
+
+
+ROOT = Path(search_tool.__file__).resolve().parent
+
+
+@pytest.fixture
+def search_home(tmp_path, monkeypatch):
+    """Nothing is written to the real home."""
+    monkeypatch.setattr(search_tool, "CACHE", str(tmp_path / "home" / "c.sqlite3"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("OPENSEARCH_API_KEY", "OPENSEARCH_USER", "OPENSEARCH_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+class SearchServer:
+    """Plays `answer(number of the request, handler, body) -> (status, headers, bytes)`, or None if it answered itself."""
+    def __init__(self, answer, tls=None):
+        self.seen, outer, lock = [], self, threading.Lock()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                with lock:
+                    outer.seen.append((time.monotonic(), self.command, self.path, dict(self.headers), body))
+                    number = len(outer.seen)
+                if (reply := answer(number, self, body)) is not None:
+                    status, headers, data = reply
+                    self.send_response(status)
+                    for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(data)
+
+            do_POST = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads, request_queue_size, handle_error = True, 128, lambda *args: None
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        if tls:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def search_json(value, status=200, **headers):
+    return status, headers, json.dumps(value).encode()
+
+
+def search_hits(body, n=3):
+    """What a Search-R1 retrieval server answers: passage j of query q."""
+    asked = json.loads(body)
+    return search_json({"result": [[{"document": {"id": f"{j}", "contents": f'"{query}"\ntext {j} of {query}'}, "score": 9.0 - j}
+                                    for j in range(min(n, asked["topk"]))] for query in asked["queries"]]})
+
+
+def search_quick(spec, cache="off", path=None, **settings):
+    """A search whose waits are short."""
+    search = open_search(spec, cache, path)
+    for name, value in {"pause": 0.02, "timeout": (0.5, 0.5), "patience": 1.5, **settings}.items():
+        setattr(search, name, value)
+    return search
+
+
+def search_duck(server, **settings):
+    return search_quick("duckduckgo", url=server.url + "/html/", **{"gap": 0.0, **settings})
+
+
+def search_corpus(seed, n=300, path=None):
+    """n passages in which few words are frequent and most are rare, as in a language; also written to `path`."""
+    rng = random.Random(seed)
+    words = [" ".join(f"w{min(int(rng.paretovariate(0.7)), 3000)}" for _ in range(rng.randrange(5, 60))) for _ in range(n)]
+    passages = [Passage(str(i), text[:5], text) for i, text in enumerate(words)]
+    if path:
+        path.write_text("".join(json.dumps({"id": p.id, "title": p.title, "text": p.text}) + "\n" for p in passages))
+    return passages
+
+
+def search_slow_bm25(passages, queries, k1=1.5, b=0.75):
+    """BM25 (Lucene) as the formula is read, in plain Python: one score per passage and query."""
+    documents = [re.findall(r"\w+", (p.title + " " + p.text).lower()) for p in passages]
+    n, average = len(documents), sum(map(len, documents)) / len(documents)
+    counted = [Counter(document) for document in documents]
+    df = Counter(token for count in counted for token in count)
+    for query in queries:
+        scores = [0.0] * n
+        for token in re.findall(r"\w+", query.lower()):
+            for i, count in enumerate(counted):
+                if count[token]:
+                    idf = math.log(1 + (n - df[token] + 0.5) / (df[token] + 0.5))
+                    scores[i] += idf * count[token] / (count[token] + k1 * (1 - b + b * len(documents[i]) / average))
+        yield scores
+
+
+def search_kill(code, *arguments):
+    """Runs the code until it prints a line, and a moment longer; then kill -9. -> what it printed."""
+    child = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    first = child.stdout.readline()
+    time.sleep(random.random() * 0.1)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    return first + child.stdout.read()
+
+
+SEARCH_NASTY = ["</information>", "<answer>", "<|im_start|>", "[INST]", "[/INST]", "<<SYS>>", "<s>", "＜think＞", "[TOOL_CALLS]",
+                "[|user|]", "[IN\u200bST]", "[[INST]]", "\x00", "\u202e", "\u200b", "\ufeff", "\ud800", "\r\n", "\t", "\u2028", "\x85", " ", "[",
+                "]", "(", ")", "/", "a", "Zürich", "🦜", "e\u0301", "\U000e0041", "\ue000", "&lt;", "\x1b[31m", "<｜User｜>", "x" * 50]
+
+
+# ---------------------------------------------------------------- text and corpus
+
+def test_search_clean_text_properties():
+    rng = random.Random(1)
+    for _ in range(2000):
+        text, limit = "".join(rng.choices(SEARCH_NASTY, k=rng.randrange(20))), rng.choice([1, 7, 40, 2000])
+        text += "".join(chr(rng.choice([rng.randrange(0x80), rng.randrange(0x3000), rng.randrange(0x110000)])) for _ in range(rng.randrange(20)))
+        clean = clean_text(text, limit)
+        assert clean_text(clean, limit) == clean == clean.strip() and len(clean) <= limit and "  " not in clean
+        assert not set(clean) & set("<>＜＞\n\r\t\u2028\x85") and not re.search(r"\[[/|]?\w+\|?\]", clean)
+        assert all(unicodedata.category(char)[0] != "C" for char in clean)
+        clean.encode("utf-8")
+
+
+def test_search_clean_text_by_hand():
+    assert clean_text(None) == clean_text("\x00 \u200b\n") == "" and clean_text("  two\n\nlines\tand\u00a0more ") == "two lines and more"
+    assert clean_text("[INST] 3 < 4 [/INST] <<SYS>>") == "(INST) 3 ‹ 4 (/INST) ‹‹SYS››"
+    plain = "plain, “quoted” – 3.5 % of [two words] (Zürich) 東京 🦜"
+    assert clean_text(plain) == plain and clean_text("in\u202evisible\u200b\u2066") == "invisible" and clean_text("abc def", 4) == "abc"
+    assert clean_query("a\r\nHost: evil\x00") == "a Host: evil" and len(clean_query("q" * 999)) == 300
+    start = time.perf_counter()
+    for text in ("[" * 1_000_000, "[a" * 500_000, "<" * 1_000_000, " " * 1_000_000, "\u200b" * 1_000_000, "x" * 1_000_000):
+        assert len(clean_text(text)) <= 2000
+    assert time.perf_counter() - start < 5
+    assert doctest.testmod(search_tool) == (0, 1)
+
+
+def test_search_both_layouts_and_packing(search_home):
+    plain, r1 = search_home / "a.jsonl", search_home / "b.jsonl.gz"
+    plain.write_bytes(b'\xef\xbb\xbf{"id": 1, "title": "T", "text": "x y"}\r\n\r\n{"id": "2", "title": null, "text": "\xff"}')
+    r1.write_bytes(gzip.compress(b'{"id": "1", "contents": "\\"T\\"\\nx y"}\n{"id": "2", "contents": "no title"}\n'))
+    assert list(read_passages(plain)) == [Passage("1", "T", "x y"), Passage("2", "", "\ufffd")]
+    assert list(read_passages(r1)) == [Passage("1", "T", "x y"), Passage("2", "", "no title")]
+    for path in (plain, r1, r1):
+        assert [(p.id, p.text) for p in open_search(f"bm25:{path}").search("X")] == [("1", "x y")]
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "7", '{"id": "1"}', '{"id": "1", "text": 5}', '{"text": "x"}', '{"id": null, "text": "x"}',
+                                  '{"id": "1", "title": [1], "text": "x"}', '{"id": "1", "contents": 3}', "[" * 100_000])
+def test_search_bad_line_is_named(search_home, line):
+    (search_home / "bad.jsonl").write_text('{"id": "1", "text": "fine"}\n\n' + line + "\n")
+    with pytest.raises(SearchError, match=r"bad\.jsonl:3: ") as caught:
+        open_search(f"bm25:{search_home}/bad.jsonl")
+    assert "\n" not in str(caught.value) and os.listdir(search_home) == ["bad.jsonl"]
+
+
+def test_search_what_cannot_be_opened_is_said_in_one_line(search_home):
+    (search_home / "empty.jsonl").write_text("\n\n")
+    (search_home / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"id": "1", "text": "fine"}\n' * 1000)[:-20])
+    for spec in ("", "bm25", "bm25:", "google", "ftp://host/x", "http://", "http:///retrieve", "opensearch+http://host:9200/", "opensearch://h/i",
+                 "bm25:/no/such.jsonl", f"bm25:{search_home}/empty.jsonl", f"bm25:{search_home}/torn.jsonl.gz", "http://me:hunter2@host/retrieve",
+                 "opensearch+https://me:hunter2@host:9200/i"):
+        with pytest.raises(SearchError) as caught:
+            open_search(spec)
+        assert "\n" not in str(caught.value) and "hunter2" not in str(caught.value)
+        assert spec not in ("google", "bm25:/no/such.jsonl") or spec[5:] in str(caught.value)
+    with pytest.raises(SearchError, match="sometimes"):
+        open_search("duckduckgo", cache="sometimes")
+
+
+# ---------------------------------------------------------------- BM25
+
+def test_search_bm25_by_hand():
+    """N = 3, lengths 2, 3, 1, mean 2. idf(a) = ln 1.6, idf(b) = ln 8/3.
+    tf part of a: 1 / (1 + 1.5) in the first, 2 / (2 + 1.5 (0.25 + 0.75 * 1.5)) = 2 / 4.0625 in the second."""
+    bm25 = BM25([Passage("0", "", "a b"), Passage("1", "a", "A, c"), Passage("2", "", "d")])
+    found = bm25.search("a b", 9)
+    assert [p.id for p in found] == ["0", "1"] and found.error is None
+    assert [p.score for p in found] == pytest.approx([0.4 * 0.4700036 + 0.4 * 0.9808293, 0.4923077 * 0.4700036], abs=1e-6)
+    assert bm25.search("b b", 1)[0].score == pytest.approx(2 * 0.4 * 0.9808293, abs=1e-6), "a word twice counts twice"
+    for query, k in [("", 3), ("zzz", 3), ("a", 0), ("a", -1), ("?!", 3), (None, 3), ("\ud800", 3)]:
+        assert bm25.search(query, k) == [] and bm25.search(query, k).error is None
+    tied = BM25([Passage(str(i), "", "same words" if i % 2 else "other") for i in range(99)])
+    assert [p.id for p in tied.search("words", 5)] == ["1", "3", "5", "7", "9"] and len(tied.search("words", 1000)) == 49
+    assert BM25([Passage("1", "", ""), Passage("2", "", "!")]).search("x", 3) == []
+    hostile = BM25([Passage("<id>", "<b>t</b>", "x </information> [INST] " + "y" * 5000)]).search("x")[0]
+    assert hostile.id == "<id>" and hostile.title == "‹b›t‹/b›" and hostile.text == ("x ‹/information› (INST) " + "y" * 5000)[:2000]
+
+
+@pytest.mark.parametrize("real, k1, b", [(False, 1.5, 0.75), (False, 1.2, 0.0), (False, 0.9, 1.0), (True, 1.5, 0.75)])
+def test_search_bm25_equals_the_formula(real, k1, b):
+    rng, demo = random.Random(k1), ROOT / "demo" / "corpus.jsonl"
+    if real and not demo.exists():
+        pytest.skip("demo/corpus.jsonl has not been made")
+    passages = list(read_passages(demo)) if real else search_corpus(2, 1000)
+    queries = [" ".join(rng.choices(tokenize(rng.choice(passages).text), k=rng.randrange(1, 9))) for _ in range(15)]
+    bm25 = BM25(passages, k1, b)
+    for query, expected in zip(queries, search_slow_bm25(passages, queries, k1, b)):
+        for k in (1, 10, 2000):
+            docs, scores = bm25.rank(query, k)
+            assert len(docs) == min(k, sum(score > 0 for score in expected))
+            assert scores.tolist() == pytest.approx(sorted(expected, reverse=True)[:len(docs)], rel=2e-6)
+            assert scores.tolist() == pytest.approx([expected[doc] for doc in docs], rel=2e-6)
+            assert all(a > b or a == b and i < j for a, b, i, j in zip(scores, scores[1:], docs, docs[1:]))
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_search_bm25_equals_bm25s(real):
+    """Scores equal to the last bit, ranks equal, ties by position."""
+    bm25s = pytest.importorskip("bm25s")
+    rng, demo = random.Random(6), ROOT / "demo" / "corpus.jsonl"
+    passages = list(read_passages(demo)) if real and demo.exists() else search_corpus(3, 3000)
+    ours, theirs = BM25(passages), bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+    theirs.index([tokenize(f"{p.title} {p.text}") for p in passages], show_progress=False)
+    for _ in range(100):
+        words = tokenize(rng.choice(passages).text) + ["w1", "w2", "the", "of"]
+        query = rng.choices(words, k=rng.randrange(1, 15)) + words[:1]
+        scores = theirs.get_scores([word for word in query if word in theirs.vocab_dict])
+        order = np.argsort(-scores, kind="stable")[:10]
+        docs, got = ours.rank(" ".join(query), 10)
+        assert docs.tolist() == order[scores[order] > 0].tolist() and got.tolist() == scores[docs].tolist()
+
+
+# ---------------------------------------------------------------- the saved index
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_search_index_is_saved_mapped_and_reused(search_home, monkeypatch, capfd, packed):
+    path, bars = search_home / ("c.jsonl.gz" if packed else "c.jsonl"), []
+    passages = search_corpus(10, path=path)
+    if packed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    monkeypatch.setattr(search_tool, "tqdm", lambda real=search_tool.tqdm, **options: bars.append(real(**options)) or bars[-1])
+    queries, expected = ["w1 w5 w30", "w2 w9", "w100"], BM25(passages).search_many(["w1 w5 w30", "w2 w9", "w100"], 7)
+    assert open_search(f"bm25:{path}").search_many(queries, 7) == expected
+    assert len(bars) == 1 and bars[0].n > 10_000, "a progress bar"
+    again = open_search(f"bm25:{path}")
+    assert again.search_many(queries, 7) == expected and len(bars) == 1 and capfd.readouterr().err == "", "read once, used twice"
+    assert all(isinstance(values.base, np.memmap) for values in again.index.values()), "memory-mapped"
+    assert sorted(os.listdir(search_home)) == [path.name, f"{path.name}.bm25"], "nothing else is left"
+
+
+def test_search_index_of_a_changed_corpus_is_rebuilt(search_home, capfd):
+    path = search_home / "c.jsonl"
+    for text, time_ns, said in [("apple pear", 5, False), ("grape pear", 5, True), ("grape pear", 6, False), ("apple and grape", 6, True)]:
+        path.write_text(json.dumps({"id": "1", "text": text}) + "\n")
+        os.utime(path, ns=(time_ns, time_ns))
+        found = open_search(f"bm25:{path}")
+        assert [bool(found.search(word)) for word in ("apple", "grape")] == ["apple" in text, "grape" in text]
+        assert ("building it again" in capfd.readouterr().err) == said
+    assert search_tool.open_bm25(str(path), k1=2.0).search("grape")[0].score != found.search("grape")[0].score, "other settings, other index"
+
+
+def test_search_damaged_index_is_rebuilt(search_home, capfd):
+    path, rng = search_home / "c.jsonl", random.Random(12)
+    expected = BM25(search_corpus(11, 60, path)).search("w1 w7", 5)
+    open_search(f"bm25:{path}")
+    for file in Path(f"{path}.bm25").iterdir():
+        whole = file.read_bytes()
+        flips = [bytes(whole[:at]) + bytes([whole[at] ^ 1 << rng.randrange(8)]) + bytes(whole[at + 1:])
+                 for at in rng.sample(range(len(whole)), 2) + [len(whole) - 1]]
+        for broken in [b"", b"x", whole[:100], whole[:-1], bytes(len(whole)), *flips, None]:
+            file.unlink() if broken is None else file.write_bytes(broken)
+            assert open_search(f"bm25:{path}").search("w1 w7", 5) == expected
+            assert "building it again" in capfd.readouterr().err or (broken in flips and broken.strip() != whole.strip())
+            assert open_search(f"bm25:{path}").search("w1 w7", 5) == expected and capfd.readouterr().err == ""
+
+
+def test_search_index_where_nothing_can_be_written(search_home, capfd, monkeypatch):
+    search_corpus(13, 50, path := search_home / "c.jsonl")
+    monkeypatch.setattr(search_tool.tempfile, "tempdir", None)
+    monkeypatch.setattr(os, "mkdir", lambda *args: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    assert open_search(f"bm25:{path}").search("w1") and "cannot be saved (Permission denied)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("moment", ["numpy.save", "os.replace"])
+def test_search_kill_while_the_index_is_written(search_home, moment):
+    """kill -9 at chosen moments of the writing, of a first and of a second index: the next start works, with the new corpus."""
+    path = search_home / "c.jsonl"
+    code = f"""import numpy, os, sys, time, search_tool
+def hang(*args):
+    print("here", flush=True)
+    time.sleep(60)
+{moment} = hang
+search_tool.open_search("bm25:" + sys.argv[1])"""
+    for seed in (14, 15):
+        passages = search_corpus(seed, path=path)
+        assert search_kill(code, path) == "here\n"
+        assert open_search(f"bm25:{path}").search("w1 w7", 5) == BM25(passages).search("w1 w7", 5)
+
+
+# ---------------------------------------------------------------- the network: a retrieval server and its faults
+
+def test_search_retrieval_asks_once_per_batch_and_remembers(search_home):
+    with SearchServer(lambda n, handler, body: search_hits(body)) as server:
+        search = search_quick(server.url + "/retrieve")
+        queries = [f"q{i % 40}" for i in range(64)] + ["", None, " \x00 "]
+        for _ in range(2):
+            found = search.search_many(queries, 2)
+            assert len(server.seen) == 1 and server.seen[0][1:3] == ("POST", "/retrieve")
+            assert json.loads(server.seen[0][4]) == {"queries": [f"q{i}" for i in range(40)], "topk": 2, "return_scores": True}
+            assert [[p.title for p in passages] for passages in found] == [[f"q{i % 40}"] * 2 for i in range(64)] + [[]] * 3
+            assert found[3][1] == Passage("1", "q3", "text 1 of q3", 8.0) and all(passages.error is None for passages in found)
+            found[3].clear()  # what is kept stays as it is
+        search.search_many([f"p{i}" for i in range(4090)])
+        assert search.search("q39", 2) and len(server.seen) == 2 and search.search("q0", 2) and len(server.seen) == 3, "the oldest are forgotten"
+
+
+def test_search_retrieval_fewer_and_more_than_asked_and_a_bad_row(search_home):
+    rows = [[{"id": 7, "title": "T", "text": "<b> [INST]"}], [{"document": {"contents": "only text"}}] * 9, [{"document": {"text": 5}}], 5]
+    with SearchServer(lambda *_: search_json({"result": rows})) as server:
+        one, many, bad, worse = search_quick(server.url).search_many("abcd", 4)
+        assert one == [Passage("7", "T", "‹b› (INST)")] and len(many) == 4 and many[0] == Passage("", "", "only text")
+        assert one.error is many.error is None and bad == worse == [] and bad.error and worse.error, "a bad row fails alone"
+
+
+@pytest.mark.parametrize("status, body", [(status, b"") for status in (202, 204, 301, 400, 401, 403, 404)] + [(200, body) for body in (
+    b"", b"<html>", b"\xff\xfe", b"[" * 200_000, b"[]", b"{}", b"null", b'{"result": null}', b'{"result": []}', b'{"result": [[], []]}',
+    b'{"result": [["a"]]}', b'{"result": [[{"document": null}]]}', b'{"result": ["abc"]}', b'{"result": [[{"text": "x", "score": "high"}]]}')])
+def test_search_what_will_not_change_is_asked_once(search_home, status, body):
+    with SearchServer(lambda *_: (status, {}, body)) as server:
+        found = search_quick(server.url).search("q")
+        assert found == [] and found.error and not set(found.error) & set("\n<>") and len(server.seen) == 1
+        assert status == 200 or str(status) in found.error
+
+
+def test_search_500_then_200_and_500_for_ever(search_home):
+    with SearchServer(lambda n, handler, body: search_hits(body) if n in (3, 8) else (500, {}, b"")) as server:
+        search = search_quick(server.url, cache="on")
+        assert len(search.search("q")) == 3 and len(server.seen) == 3
+        assert server.seen[1][0] - server.seen[0][0] >= 0.01 and server.seen[2][0] - server.seen[1][0] >= 0.02, "growing pauses"
+        assert "500" in search.search("other").error and len(server.seen) == 7, "4 tries"
+        assert len(search.search("other")) == 3 and len(server.seen) == 8, "a failure is not kept"
+        assert len(search.search("q")) == 3 and len(server.seen) == 8, "an answer is"
+
+
+def test_search_429_honours_retry_after(search_home):
+    with SearchServer(lambda n, handler, body: (429, {"Retry-After": "1"}, b"") if n == 1 else search_hits(body)) as server:
+        assert len(search_quick(server.url).search("q")) == 3 and len(server.seen) == 2
+        assert 0.99 <= server.seen[1][0] - server.seen[0][0] < 20
+    with SearchServer(lambda *_: (429, {"Retry-After": "3000"}, b"")) as server:
+        start, search = time.monotonic(), search_quick(server.url)
+        assert all(search.search(f"q{i}").error for i in range(20)) and len(server.seen) == 1 and time.monotonic() - start < 10, "at once, for all"
+        assert re.search(r"in (2\d\d\d|3000) s", search.search("again").error)
+
+
+def test_search_time_out_cut_and_nobody_there(search_home):
+    def cut(n, handler, body):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.wfile.write(b'{"result": [[]]}')
+        handler.close_connection = True
+
+    for answer in (lambda *_: time.sleep(2), cut, lambda n, handler, body: handler.connection.close()):
+        with SearchServer(answer) as server:
+            start, found = time.monotonic(), search_quick(server.url, tries=2).search("q")
+            assert found == [] and "cannot be reached" in found.error and "127.0.0.1" not in found.error
+            assert len(server.seen) == 2 and time.monotonic() - start < 8
+    assert "cannot be reached" in search_quick(server.url, tries=2).search("q").error
+
+
+def test_search_50_mb_are_not_read(search_home):
+    sent = []
+
+    def huge(n, handler, body):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(50_000_000))
+        handler.end_headers()
+        with suppress(OSError):
+            for _ in range(500):
+                handler.wfile.write(b"x" * 100_000)
+                sent.append(100_000)
+
+    bomb = gzip.compress(b" " * 50_000_000)
+    for answer in (huge, lambda *_: (200, {"Content-Encoding": "gzip"}, bomb)):
+        with SearchServer(answer) as server:
+            assert "more than 1000000 bytes" in search_quick(server.url, max_bytes=1_000_000).search("q").error and len(server.seen) == 1
+    assert sum(sent) < 25_000_000
+
+
+def test_search_redirects(search_home):
+    hops = {"/a": "/b", "/b": "/retrieve", "/loop": "/loop", "/file": "file:///etc/passwd", "/gopher": "gopher://127.0.0.1/", "/bad": "http://["}
+    with SearchServer(lambda n, handler, body: (302, {"Location": hops[handler.path]}, b"") if handler.path in hops else search_hits(body)) as server:
+        assert len(search_quick(server.url + "/a").search("q")) == 3 and len(server.seen) == 3
+        for path, asked in [("/loop", 4), ("/file", 1), ("/gopher", 1), ("/bad", 1)]:
+            before, found = len(server.seen), search_quick(server.url + path, tries=1).search("q")
+            assert found == [] and found.error and len(server.seen) - before == asked
+
+
+@pytest.mark.parametrize("secret", [{"OPENSEARCH_API_KEY": "s3cret"}, {"OPENSEARCH_USER": "me", "OPENSEARCH_PASSWORD": "s3cret"}])
+def test_search_credentials_stay_home_and_out_of_sight(search_home, monkeypatch, capfd, secret):
+    for name, value in secret.items():
+        monkeypatch.setenv(name, value)
+    (search_home / ".netrc").write_text("machine 127.0.0.1 login other password netrcsecret\n")
+    good = search_json({"responses": [{"hits": {"hits": []}}]})
+    with SearchServer(lambda *_: good) as away, SearchServer(lambda n, handler, body: (307, {"Location": places.pop()}, b"") if
+                                                             places else (500, {}, b"") if n > 3 else good) as home:
+        places = [away.url + "/x"]
+        search = search_quick(f"opensearch+{home.url}/i", tries=1)
+        assert search.search("q").error is None and len(home.seen) == len(away.seen) == 1
+        sent = home.seen[0][3]["Authorization"]
+        assert sent == ("ApiKey s3cret" if len(secret) == 1 else "Basic bWU6czNjcmV0") and "Authorization" not in away.seen[0][3]
+        assert away.seen[0][1] == "POST" and away.seen[0][4] == home.seen[0][4]
+        places = [home.url + "/here"]
+        assert search.search("p").error is None and home.seen[-1][2] == "/here" and home.seen[-1][3]["Authorization"] == sent
+        error = search.search("r").error
+        assert "500" in error and "s3cret" not in error + repr(vars(search)) + "".join(capfd.readouterr())
+        search_quick(away.url, tries=1).search("q")
+        assert "Authorization" not in away.seen[-1][3], "no back end but this one has credentials, not even those of ~/.netrc"
+
+
+def test_search_tls_is_verified(search_home, monkeypatch):
+    assert "verify" not in Path(search_tool.__file__).read_text()
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make a certificate with")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1", "-addext",
+                    "subjectAltName=IP:127.0.0.1", "-keyout", search_home / "key", "-out", search_home / "cert"], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(search_home / "cert", search_home / "key")
+    with SearchServer(lambda n, handler, body: search_hits(body), tls=context) as server:
+        assert "SSLError" in search_quick(server.url, tries=1).search("q").error and server.seen == []
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(search_home / "cert"))
+        assert len(search_quick(server.url).search("q")) == 3
+
+
+def test_search_opensearch_speaks_msearch(search_home):
+    def answer(n, handler, body):
+        lines = [json.loads(line) for line in body.splitlines()]
+        assert handler.path == "/wiki/_msearch" and body.endswith(b"\n") and lines[::2] == [{}] * (len(lines) // 2)
+        assert handler.headers["Content-Type"] == "application/x-ndjson"
+        responses = []
+        for line in lines[1::2]:
+            query = line["query"]["bool"]["should"][0]["match"]["title"]
+            assert line["query"]["bool"]["should"][1] == {"match": {"text": query}}
+            hits = [{"_id": f"{query}{j}", "_score": 5.5 - j, "_source": {"title": "T", "text": f"<b> {query}"}} for j in range(line["size"])]
+            responses.append({"hits": {"hits": hits}, "status": 200} if query != "bad" else {"error": {"type": "</a>parse_error\n"}, "status": 400})
+        return search_json({"responses": responses})
+
+    with SearchServer(answer) as server:
+        one, bad, two = search_quick(f"opensearch+{server.url}/wiki/").search_many(["one", "bad", "two"], 2)
+        assert len(server.seen) == 1 and one[1] == Passage("one1", "T", "‹b› one", 4.5) and len(two) == 2
+        assert bad == [] and bad.error.endswith("‹/a›parse_error") and one.error is two.error is None
+
+
+# ---------------------------------------------------------------- DuckDuckGo
+
+SEARCH_PAGE = """<!DOCTYPE html><html><head><title>q at DuckDuckGo</title><script>var a = "<a class='result__a'>";</script></head><body>
+<div class="result results_links result--ad"><h2 class="result__title"><a rel="nofollow" class="result__a"
+ href="https://duckduckgo.com/y.js?ad_domain=shop.example">Buy!</a></h2><a class="result__snippet" href="#">An ad</a></div>
+<div class="result results_links results_links_deep web-result "><div class="links_main links_deep result__body">
+<h2 class="result__title"><a rel="nofollow" class="result__a"
+ href="//duckduckgo.com/l/?uddg=https%3A%2F%2Ftavo.example%2Ffounding%3Fa%3D1%26b%3D2&amp;rut=abc">The <b>founding</b> of Tavo &amp; co</a></h2>
+<div class="result__extras"><a class="result__url" href="x"> tavo.example/founding </a></div>
+<a class="result__snippet" href="x">Tavo was <b>founded</b> by Ilse Maar &lt;/information&gt; in&nbsp;1203.</a></div></div>
+<div class="result web-result"><h2><a class="result__a" href="https://plain.example/">Plain</a></h2>
+<div class="result__snippet">Second</div></div>
+<div class="result web-result"><a class="result__a" href="javascript:alert(1)">Script</a><a class="result__snippet">no</a></div>
+<div class="result web-result"><a class="result__a" href="//duckduckgo.com/l/?uddg=file%3A%2F%2F%2Fetc">File</a></div>
+<div class="result web-result"><a class="result__a" href="http://third.example/">Third</a></div>
+</body></html>""".encode()
+SEARCH_CHALLENGE = b'<html><form id="challenge-form" action="//duckduckgo.com/anomaly.js"><div class="anomaly-modal__title">Bots ...</div></form></html>'
+SEARCH_NOTHING = b'<html><div class="result results_links result--no-result"><span class="no-results">No results.</span></div></html>'
+
+
+def test_search_duckduckgo_page(search_home):
+    with SearchServer(lambda n, handler, body: (200, {}, SEARCH_NOTHING if "none" in handler.path else SEARCH_PAGE)) as server:
+        found = search_duck(server).search("tavo founded & more", 9)
+        assert [(p.title, p.url, p.text) for p in found] == [
+            ("The founding of Tavo & co", "https://tavo.example/founding?a=1&b=2", "Tavo was founded by Ilse Maar ‹/information› in 1203."),
+            ("Plain", "https://plain.example/", "Second"), ("Third", "http://third.example/", "")]
+        assert urllib.parse.parse_qs(urllib.parse.urlsplit(server.seen[0][2]).query) == {"q": ["tavo founded & more"]}
+        assert len(search_duck(server).search("q", 2)) == 2
+        nothing = search_duck(server).search("none")
+        assert nothing == [] and nothing.error is None and len(server.seen) == 3
+        assert all(search_duck(server, gap=0.1).search_many([f"q{i}" for i in range(5)])) and search_tool.DuckDuckGo.gap >= 1
+        assert server.seen[7][0] - server.seen[3][0] >= 0.35, "a minimum gap"
+
+
+@pytest.mark.parametrize("status, body", [(202, SEARCH_PAGE), (200, SEARCH_CHALLENGE), (403, b""), (429, b""), (200, b"")])
+def test_search_duckduckgo_refusals(search_home, status, body):
+    with SearchServer(lambda n, *_: (status, {}, body) if n < 4 else (200, {}, SEARCH_PAGE)) as server:
+        assert len(search_duck(server).search("q")) == 3 and len(server.seen) == 4
+        gaps = [b[0] - a[0] for a, b in zip(server.seen, server.seen[1:])]
+        assert gaps[0] >= 0.01 and gaps[1] >= 0.02 and gaps[2] >= 0.04, "back-off grows"
+    with SearchServer(lambda *_: (status, {}, body)) as server:
+        assert "DuckDuckGo" in search_duck(server).search("q").error and len(server.seen) == 4
+
+
+@pytest.mark.parametrize("duck", [True, False])
+def test_search_one_refusal_does_not_become_a_hundred(search_home, duck):
+    refusing = [True]
+    good = (200, {}, SEARCH_PAGE) if duck else search_json({"result": [[{"text": "x"}] * 3]})
+    with SearchServer(lambda *_: (429, {}, b"") if refusing[0] else good) as server:
+        search = (search_duck if duck else lambda server, **settings: search_quick(server.url, **settings))(server, gap=0.02, patience=0.4)
+        with ThreadPoolExecutor(100) as pool:
+            start, found = time.monotonic(), list(pool.map(lambda i: search.search(f"q{i}"), range(100)))
+        assert all(results == [] and results.error for results in found) and time.monotonic() - start < 20
+        assert len(server.seen) <= 16 and search.search("q").error, "still left alone"
+        refusing[0] = False
+        time.sleep(max(search._not_before - time.monotonic(), 0))
+        assert len(search.search("q")) == 3 and search.search("p").error is None and search._failures == 0, "open again"
+
+
+# ---------------------------------------------------------------- the cache on disk
+
+def test_search_cache_answers_again_offline_and_for_a_while(search_home, monkeypatch):
+    with SearchServer(lambda n, handler, body: search_hits(body) if n == 1 else (404, {}, b"")) as server:
+        first = search_quick(server.url, "on").search_many(["a", "b"], 3)
+        assert os.path.exists(search_home / "home" / "c.sqlite3")
+        second = search_quick(server.url, "on")
+        assert second.search_many(["a", "b"], 3) == first and len(server.seen) == 1
+        assert second.search("a", 2).error and second.search("c").error and len(server.seen) == 3, "another k or query is another question"
+        assert search_quick(server.url + "/other", "on").search("a").error, "another back end too"
+    offline = search_quick(server.url, "only")
+    assert offline.search_many(["a", "zzz"], 3) == [first[0], []] and offline.search("zzz").error == "not in the cache"
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 31 * 86400)
+    assert search_quick(server.url, "on", tries=1).search("a").error, "too old, and the server is gone"
+    assert search_quick(server.url, "only").search("a") == first[0], "a replay takes any age"
+
+
+def test_search_damaged_cache_is_said_once(search_home, capfd):
+    (search_home / "c.sqlite3").write_bytes(b"this is no database " * 500)
+    with SearchServer(lambda n, handler, body: search_hits(body)) as server:
+        for path in (search_home / "c.sqlite3", search_home):
+            search = search_quick(server.url, "on", str(path))
+            assert len(search.search("q")) == len(search.search("r")) == 3 and capfd.readouterr().err.count("cannot be used") == 1
+
+
+def test_search_cache_hundred_threads_on_one_file(search_home):
+    path, barrier = str(search_home / "c.sqlite3"), threading.Barrier(100)
+    with SearchServer(lambda n, handler, body: search_hits(body)) as server:
+        def work(i):
+            search = search_quick(server.url, "on", path, timeout=(20, 20))
+            barrier.wait()
+            return [search.search(f"q{i}"), search.search("shared")]
+
+        with ThreadPoolExecutor(100) as pool:
+            found = list(pool.map(work, range(100)))
+    replay = search_quick(server.url, "only", path)
+    assert [replay.search(f"q{i}") for i in range(100)] == [mine for mine, _ in found] and all(mine for mine, _ in found)
+    assert replay.search("shared") == found[0][1]
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",) and db.execute("SELECT count(*) FROM answers").fetchone() == (101,)
+
+
+def test_search_kill_while_the_cache_is_written(search_home):
+    path = str(search_home / "c.sqlite3")
+    code = """import sys
+from search_tool import DiskCache, Results, Passage
+cache, i = DiskCache(sys.argv[1], "spec", 1e9), int(sys.argv[2])
+while True:
+    cache.put({f"{i}-{j}": Results([Passage(str(i), "t", "x" * 3000)]) for j in range(20)}, 3)
+    print(i, flush=True)
+    i += 1"""
+    last = [int(search_kill(code, path, 1_000_000 * attempt).split()[-1]) for attempt in range(3)]
+    cache = search_tool.DiskCache(path, "spec", 1e9)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        batches = Counter(key.split("\n")[2].split("-")[0] for key, in db.execute("SELECT key FROM answers"))
+    assert set(batches.values()) == {20}, "a batch is there or not, never in part"
+    for value in last:
+        assert cache.get([f"{value}-7"], 3)[f"{value}-7"][0].text == "x" * 3000, "what was said to be written is there"
+    cache.put({"new": Results()}, 3)
+    assert cache.get(["new", "none"], 3) == {"new": []}
+
+
+# ---------------------------------------------------------------- never raises, command line
+
+def test_search_many_never_raises(search_home):
+    rng, broken = random.Random(4), BM25([Passage("1", "t", "x")])
+    broken.index = {**broken.index, "text": None}
+    found = broken.search_many(["x", "y"])
+    assert found[0] == [] and found[0].error and found[1].error is None, "a bad query fails alone"
+    queries = ["".join(rng.choices(SEARCH_NASTY, k=rng.randrange(30))) for _ in range(300)] + [None, 5, b"bytes", "x" * 10**6, object()]
+    bm25 = BM25(search_corpus(5, 50))
+    assert len(bm25.search_many(queries)) == len(queries) and bm25.search_many([]) == []
+    with SearchServer(lambda n, handler, body: search_hits(body)) as server:
+        assert all(results.error is None for results in search_quick(server.url).search_many(queries))
+    with SearchServer(lambda *_: (200, {}, SEARCH_PAGE)) as server:
+        assert all(results.error is None for results in search_duck(server).search_many(queries[:20]))
+    with ThreadPoolExecutor(8) as pool:
+        asked = [p.title for p in search_corpus(5, 50)] * 5
+        assert list(pool.map(lambda q: BM25.search(bm25, q, 5), asked)) == BM25(search_corpus(5, 50)).search_many(asked, 5), "from many threads"
+
+
+def test_search_command_line(search_home):
+    path = search_home / "c.jsonl"
+    path.write_text('{"id": "1", "title": "Tavo", "text": "founded by Ilse"}\n{"id": "2", "title": "Other", "text": "text"}\n')
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, ROOT / "search_tool.py", *map(str, arguments)], capture_output=True, text=True)
+
+    found = run("--search", f"bm25:{path}", "who founded Tavo")
+    assert found.returncode == 0 and "1. Tavo" in found.stdout and "founded by Ilse" in found.stdout and "Other" not in found.stdout
+    as_json = json.loads(run("--search", f"bm25:{path}", "--json", "-k", "1", "tavo").stdout)
+    assert as_json["error"] is None and [p["id"] for p in as_json["passages"]] == ["1"] and as_json["query"] == "tavo"
+    assert run("--search", f"bm25:{path}", "zzz").returncode == 1
+    for arguments in (("--search", "bm25:/no/such", "q"), ("--search", "http://127.0.0.1:9/x", "--search_cache", "only", "q"), ("q",)):
+        failed = run(*arguments)
+        assert failed.returncode == 2 and failed.stderr.strip() and "Traceback" not in failed.stderr
+    assert json.loads(run("--search", "what", "--json", "q").stdout)["error"]
+
+
+# ==== eval.py ============================================================================================================
+
+
+def test_eval_docstring_examples():
+    import doctest
+    results = doctest.testmod(evaluation)
+    assert results.attempted >= 2 and results.failed == 0
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+HOTPOT = [{"_id": "h1", "question": "Who?", "answer": "Ann Lee", "supporting_facts": [["Ann", 0], ["Bo", 2], ["Ann", 1]], "context": [["Ann", ["x"]]], "type": "bridge"}]
+FORMATS = {
+    "ours.jsonl": [{"id": "a", "question": "Who?", "answers": ["Ann", ""], "supporting": ["p1", "p2"], "hops": 2}],
+    "flashrag.jsonl": [{"id": "test_0", "question": "Who?", "golden_answers": ["Ann"], "metadata": {"supporting_facts": {"title": ["T", "T", "U"], "sent_id": [0, 1, 0]}}},
+                       {"id": "test_1", "question": "When?", "golden_answers": ["1999"], "metadata": {"question_decomposition": [
+                           {"support_paragraph": {"title": "V"}}, {"support_paragraph": None}]}}],
+    "hotpot.json": HOTPOT,
+    "musique.jsonl": [{"id": "2hop__1", "question": "Who?", "answer": "Ann", "answer_aliases": ["Anna"], "answerable": True,
+                       "paragraphs": [{"idx": 0, "title": "T", "paragraph_text": "..", "is_supporting": True}, {"idx": 1, "title": "U", "paragraph_text": "..", "is_supporting": False}]},
+                      {"id": "2hop__2", "question": "Who?", "answer": "Bo", "answer_aliases": [], "answerable": False, "paragraphs": []}],
+}
+EXPECTED = {
+    "ours.jsonl": [{"id": "a", "question": "Who?", "answers": ["Ann"], "supporting": ["p1", "p2"], "hops": 2}],
+    "flashrag.jsonl": [{"id": "test_0", "question": "Who?", "answers": ["Ann"], "supporting": ["T", "U"]}, {"id": "test_1", "question": "When?", "answers": ["1999"], "supporting": ["V"]}],
+    "hotpot.json": [{"id": "h1", "question": "Who?", "answers": ["Ann Lee"], "supporting": ["Ann", "Bo"]}],
+    "musique.jsonl": [{"id": "2hop__1", "question": "Who?", "answers": ["Ann", "Anna"], "supporting": ["T"]}],
+}
+
+
+def write_format(folder, name):
+    rows = FORMATS[name]
+    text = json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(r) + "\n" for r in rows)
+    (folder / name).write_text("\ufeff" + text, encoding="utf-8")                  # a byte order mark is no part of the data
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_eval_reads_format(tmp_path, name):
+    assert read_benchmark(write_format(tmp_path, name)) == EXPECTED[name]
+
+
+OFFICIAL = [{"data_source": source, "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": f"Who is {source}?"}],
+             "reward_model": {"ground_truth": "Ann<|answer_split|>Anna Lee", "style": "rule"}, "extra_info": {"index": k}} for k, source in enumerate(["nq", "tq"])]
+
+
+def test_eval_reads_the_official_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pa.Table.from_pylist(OFFICIAL), tmp_path / "test.parquet")
+    assert read_benchmark(str(tmp_path / "test.parquet")) == [{"id": str(k), "question": f"Who is {s}?", "answers": ["Ann", "Anna Lee"], "data_source": s} for k, s in enumerate(["nq", "tq"])]
+
+
+def test_eval_says_what_parquet_needs(tmp_path, monkeypatch):
+    (tmp_path / "test.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        read_benchmark(str(tmp_path / "test.parquet"))
+    assert evaluation.plain_question(OFFICIAL[1], 7) == {"id": "1", "question": "Who is tq?", "answers": ["Ann", "Anna Lee"], "data_source": "tq"}
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("x.json", "[{", "cannot be read"), ("x.json", "[]", "no questions"), ("x.json", '[{"question": "Who?"}]', "question 1 has no answer"),
+    ("x.json", "[3]", "question 1 is in no format"), ("x.jsonl", '{"question": "Who?", "answers": "a"}\n{"question"', "x.jsonl:2"),
+    ("x.parquet", "no parquet", "parquet"), (None, "", "neither a file nor one of demo, nq")])
+def test_eval_refuses_in_one_line(tmp_path, name, text, message):
+    if name:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message) as e:
+        read_benchmark(str(tmp_path / (name or "nothing.jsonl")))
+    assert "\n" not in str(e.value)
+
+
+def test_eval_sample_is_reproducible_and_ids_name_one_question(tmp_path):
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"id": k % 40, "question": f"q{k}", "answers": ["a"]}) + "\n" for k in range(50)))
+    rows = read_benchmark(str(tmp_path / "q.jsonl"))
+    assert len({r["id"] for r in rows}) == 50 and rows[40]["id"] == "0#2"
+    some = load_benchmark(str(tmp_path / "q.jsonl"), limit=10, seed=0)
+    assert len(some) == 10 and some == load_benchmark(str(tmp_path / "q.jsonl"), limit=10, seed=0)
+    assert some != load_benchmark(str(tmp_path / "q.jsonl"), limit=10, seed=1)
+    assert [rows.index(r) for r in some] == sorted(rows.index(r) for r in some)
+    assert load_benchmark(str(tmp_path / "q.jsonl"), limit=99) == rows
+
+
+# ---- download --------------------------------------------------------------------------------------------------------
+
+class Hub(BaseHTTPRequestHandler):
+    """What the hub does on a good day, and on bad ones: `script` holds one behaviour per request, then all goes well."""
+    files: dict = {}
+    script: list = []
+    log: list = []
+
+    def do_GET(self):
+        body, act = self.files.get(urlsplit(self.path).path), self.script.pop(0) if self.script else ""
+        self.log.append((self.path, dict(self.headers), act))
+        if isinstance(act, int):
+            self.send_response(act)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if body is None:
+            return self.send_error(404)
+        etag, start = '"' + hashlib.sha256(body).hexdigest()[:12] + '"', 0
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if asked and self.headers.get("If-Range") == etag:
+            start = int(asked[1])
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body) - 5 * (act == 'wrong size')}")
+        else:
+            self.send_response(200)
+        self.send_header("ETag", etag)
+        self.send_header("Content-Length", str(len(body) - start + 5 * (act == "too short")))
+        self.end_headers()
+        self.wfile.write(body[start:start + 150_000] if act == "cut" else body[start:])
+        if act in ("cut", "too short"):
+            self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(evaluation, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(evaluation, "WAIT", 0.01)
+    base = "/datasets/RUC-NLPIR/FlashRAG_datasets/resolve/main"
+    lines = "".join(json.dumps({"id": f"dev_{k}", "question": f"q {k}", "golden_answers": [f"a {k}"], "metadata": {"page": "x" * 6000}}) + "\n" for k in range(60)).encode()
+    Hub.files, Hub.script, Hub.log = {f"{base}/hotpotqa/dev.jsonl": lines, f"{base}/hotpotqa/train.jsonl": lines.replace(b"dev_", b"train_"), f"{base}/nq/test.jsonl": lines}, [], []
+    assert len(lines) > 360_000
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_eval_download_takes_test_else_dev_and_caches(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert [r["id"] for r in load_benchmark("hotpotqa")][:2] == ["dev_0", "dev_1"]
+    assert [path.rpartition("/")[2] for path, _, _ in hub.log] == ["test.jsonl", "dev.jsonl"]                    # no test split: dev
+    assert all(headers["Authorization"] == "Bearer secret" for _, headers, _ in hub.log)
+    assert load_benchmark("hotpotqa", "train")[5]["id"] == "train_5"
+    requests_made = len(hub.log)
+    assert len(load_benchmark("hotpotqa")) == 60 and len(hub.log) == requests_made
+    with pytest.raises(UserError, match="nq has no train split"):
+        load_benchmark("nq", "train")
+    assert not list((tmp_path / "cache").rglob("*.part")) and not list((tmp_path / "cache").rglob("*.etag"))
+
+
+@pytest.mark.parametrize("trouble", [["cut"], ["cut", "cut", 503], [429], [429, "cut", 500, 429], ["cut", "wrong size"], ["too short"], ["cut", 416]])
+def test_eval_download_survives(hub, tmp_path, trouble):
+    hub.script[:] = trouble
+    assert len(load_benchmark("nq")) == 60
+    body = next(b for name, b in hub.files.items() if "nq" in name)
+    assert (tmp_path / "cache/nq/test.jsonl").read_bytes() == body
+    assert len(hub.log) == len(trouble) + 1 or trouble[0] == "too short"
+    if trouble == ["cut", "wrong size"]:                                          # more came than the file holds: from the start
+        assert [headers.get("Range") for _, headers, _ in hub.log] == [None, "bytes=131072-", None]
+    if trouble == ["cut", "cut", 503]:                                            # each goes on where the one before was cut
+        assert [headers.get("Range") for _, headers, _ in hub.log] == [None, "bytes=131072-", "bytes=262144-", "bytes=262144-"]      # in blocks of 64 KiB
+
+
+def test_eval_download_goes_on_in_a_later_run_unless_the_file_has_changed(hub, tmp_path, monkeypatch):
+    hub.script[:] = ["cut"] + [500] * 9
+    with pytest.raises(UserError, match="HTTP 500.*Run again to go on"):
+        load_benchmark("nq")
+    assert (tmp_path / "cache/nq/test.jsonl.part").stat().st_size == 131072 and not (tmp_path / "cache/nq/test.jsonl").exists()
+    name = next(n for n in hub.files if "nq" in n)
+    hub.files[name] = new = hub.files[name].replace(b"q ", b"Q ")
+    hub.script[:] = []
+    assert load_benchmark("nq")[0]["question"] == "Q 0" and hub.log[-1][1]["Range"] == "bytes=131072-"
+    assert (tmp_path / "cache/nq/test.jsonl").read_bytes() == new
+
+
+@pytest.mark.parametrize("trouble, message", [([401], "HTTP 401. Set HF_TOKEN"), ([429] * 9, "HTTP 429"), ([400], "HTTP 400"), (["too short"] * 9, "not")])
+def test_eval_download_gives_up_in_one_line(hub, tmp_path, trouble, message):
+    hub.script[:] = list(trouble)
+    with pytest.raises(UserError, match=message):
+        load_benchmark("nq")
+    assert len(hub.log) == min(len(trouble), 6) and not (tmp_path / "cache/nq/test.jsonl").exists()
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+EDGE_CASES = [   # answer, golds, paper F1, paper EM, squad F1, squad EM, cover-EM
+    ("the Fox", ["Fox"], 2 / 3, 0, 1, 1, 1),                                   # articles: {the, fox} against {fox}; squad drops "the"
+    ("U.S.", ["US"], 0, 0, 1, 1, 1),                                           # {u, s} against {us}; squad: "us"
+    ("2,000", ["2000"], 0, 0, 1, 1, 1),                                        # {2, 000}; squad: "2000"
+    ("yes, it is", ["yes"], 1 / 2, 0, 1 / 2, 0, 1),                            # one of three words: P 1/3, R 1
+    ("no no no", ["no"], 1, 1, 1 / 2, 0, 1),                                   # sets see one word, multisets three
+    ("Beyoncé", ["Beyonce"], 0, 0, 0, 0, 0),                                   # accents are not folded
+    ("", ["Fox"], 0, 0, 0, 0, 0),
+    (None, ["Fox"], 0, 0, 0, 0, 0),
+    ("Fox", [""], 0, 0, 0, 0, 0),
+    ("the", ["the"], 1, 1, 0, 0, 0),                                           # nothing is left of it under squad: no match
+    ("red fox", ["wolf", "the red fox", "fox"], 4 / 5, 0, 1, 1, 1),            # best alias: {the, red, fox} P 1, R 2/3; squad: equal
+    ("fox red", ["red fox"], 1, 1, 1, 0, 0),                                   # order: sets do not see it
+    ("\uff26\uff2f\uff38", ["FOX"], 0, 0, 0, 0, 0),                            # full-width letters are other letters
+    ("东京", ["东京都"], 0, 0, 0, 0, 0),                                         # no spaces: one word, and another
+    ("东京。", ["东京"], 1, 1, 0, 0, 0),                                         # 。 is punctuation to paper, not to squad (ASCII only)
+    ("Москва!", ["москва"], 1, 1, 1, 1, 1),
+    ("party", ["art"], 0, 0, 0, 0, 0),                                         # cover-EM wants words, not letters
+    ("in New York City", ["New York"], 2 / 3, 0, 2 / 3, 0, 1),                 # P 2/4, R 1
+]
+
+
+@pytest.mark.parametrize("answer, golds, f1_paper, em_paper, f1_squad, em_squad, cover", EDGE_CASES)
+def test_eval_scores_by_hand(answer, golds, f1_paper, em_paper, f1_squad, em_squad, cover):
+    assert f1_score(answer, golds) == pytest.approx(f1_paper) and exact_match(answer, golds) == em_paper
+    assert f1_score(answer, golds, "squad") == pytest.approx(f1_squad) and exact_match(answer, golds, "squad") == em_squad
+    assert cover_em(answer, golds) == cover
+
+
+@pytest.mark.parametrize("text, action", [
+    ("ok </think><answer> a </answer>", ("answer", "a")),
+    ("ok </think><answer> a </answer><answer> b </answer>", None),             # two answers in one turn
+    ("ok </think><search> a </search><answer> b </answer>", None),             # a search and an answer
+    ("ok </think><answer> a", None),                                           # never closed
+    ("ok <answer> a </answer>", None),                                         # never left the thought
+    ("ok </think><search> what is <answer> a </answer> </search>", None),
+])
+def test_eval_rules_of_what_is_an_answer(text, action):
+    assert parse_turn(text) == action
+
+
+def line(**changes):
+    """A rollout with two searches: one finds p1, one fails; supporting are p1 and the page titled Two."""
+    passage = {"id": "p1", "title": "One", "text": "x", "score": 1.0}
+    turns = [{"text": "t </think><search> q </search>", "query": "q", "passages": [passage], "error": None, "gain": 0.5, "return": None},
+             {"text": "t </think><search> q </search>", "query": "q", "passages": [], "error": "down", "gain": -0.25, "return": None},
+             {"text": "t </think><answer> red fox </answer>", "query": None, "passages": [], "error": None, "gain": None, "return": None}]
+    return {"benchmark": "b", "sample": 0, "step": None, "id": "1", "question": "Who?", "answers": ["the red fox"], "supporting": ["p1", "Two"], "stop": "answer", "answer": "red fox",
+            "f1": 0.8, "em": 0.0, "beliefs": [-2.0, -1.5, -1.75], "policy_tokens": 30, "turns": turns, **changes}
+
+
+def test_eval_measures_a_rollout_by_hand():
+    m = measure(line())
+    assert m == {"f1_paper": (pytest.approx(0.8), 1), "em_paper": (0.0, 1), "f1_squad": (1.0, 1), "em_squad": (1.0, 1), "cover_em": (1.0, 1),
+                 "turns": (3, 1), "searches": (2, 1), "tokens": (30, 1), "failed_searches": (1, 2), "recall": (1, 2),
+                 "belief_first": (-2.0, 1), "belief_last": (-1.75, 1), "entropy_reduction": (0.25, 1), "gain_positive": (1, 1),
+                 "stop_answer": (1, 1), "stop_format": (0, 1), "stop_length": (0, 1), "stop_turns": (0, 1)}
+    by_title = line(supporting=["ONE"], beliefs=[-1.0, math.nan, -1.0])
+    assert measure(by_title)["recall"] == (1, 1) and measure(by_title)["gain_positive"] == (False, False)
+    cut = measure(line(stop="format", answer=None, supporting=[]))
+    assert cut["f1_paper"] == (0.0, 1) and cut["stop_format"] == (1, 1) and cut["recall"] == (0, 0)                # no answer counts as 0
+
+
+def test_eval_summary_and_samples_by_hand():
+    """Question 1: F1 .8 and 0 of two samples; question 2: 0 and 0. Benchmark c has one question, right."""
+    wrong = {"answer": "cat", "beliefs": [-1.0, -2.0], "stop": "answer"}
+    rows = [line(), line(sample=1, **wrong), line(id="2", **wrong), line(id="2", sample=1, **wrong)]
+    rows += [line(benchmark="c", sample=k, answer="the red fox", turns=[], supporting=[]) for k in range(2)]
+    s = summarise(rows)
+    assert list(s) == ["b", "c", "macro average"] and s["b"]["questions"] == 2 and s["b"]["rollouts"] == 4
+    assert s["b"]["f1_paper"]["value"] == pytest.approx(0.2) and s["b"]["pass_f1"]["value"] == pytest.approx(0.4)
+    assert s["b"]["pass_em"]["value"] == 0.0 and s["c"]["pass_em"]["value"] == 1.0
+    assert s["b"]["entropy_reduction"]["value"] == pytest.approx((0.25 - 3) / 4) and s["b"]["gain_positive"]["value"] == 0.25
+    assert s["b"]["failed_searches"]["value"] == 0.5 and s["c"]["failed_searches"] is None and s["macro average"]["failed_searches"]["value"] == 0.5
+    assert s["macro average"]["f1_paper"]["value"] == pytest.approx((0.2 + 1) / 2)
+    assert s["b"]["recall"]["value"] == 0.5 and s["c"]["recall"] is None
+    assert (s["b"]["f1_paper"]["low"], s["b"]["f1_paper"]["high"]) == (0.0, pytest.approx(0.4))                    # both resamples of one question are common
+    text = evaluation.markdown_table(evaluation.tables(s)[0][1])
+    assert "| b | 2 | 20.0 [0.0, 40.0] |" in text and "pass@n" in text
+
+
+def test_eval_bootstrap_on_known_cases():
+    same = bootstrap(np.full((7, 1), 0.3), np.ones((7, 1)))
+    assert same.shape == (2000, 1) and np.allclose(same, 0.3)
+    # two questions, 0 and 1: the mean of a resample is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4
+    two = bootstrap(np.array([[0.0], [1.0]]), np.ones((2, 1)), 4000)[:, 0]
+    assert [np.mean(two == v) for v in (0, 0.5, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+    # 100 questions, half right: the mean is binomial(100, 1/2) / 100, whose 2.5 % and 97.5 % points are .40 and .60
+    coin = bootstrap(np.arange(100)[:, None] % 2, np.ones((100, 1)), 4000)[:, 0]
+    assert np.percentile(coin, [2.5, 97.5]) == pytest.approx([0.40, 0.60], abs=0.011)
+    # a share of searches: 1 of 1 and 0 of 3 failed. Resamples give 1 / 1, 1 / 4 or 0 / 3
+    share = bootstrap(np.array([[1.0], [0.0]]), np.array([[1.0], [3.0]]), 4000)[:, 0]
+    assert [np.mean(np.isclose(share, v)) for v in (1, 0.25, 0)] == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+
+
+def test_eval_compare_by_hand():
+    """b is better on two of three questions and worse on one. The mean difference of a resample is not above 0 if at most one
+    of its three draws is a gain: (1/3)^3 + 3 (2/3) (1/3)^2 = 7/27, so p = 14/27."""
+    def outcomes(right, benchmark="x"):
+        return [line(benchmark=benchmark, id=str(k), answers=["fox"], answer="fox" if ok else "cat") for k, ok in enumerate(right)]
+    table = compare(outcomes([0, 0, 1]), outcomes([1, 1, 0]) + [line(benchmark="x", id="only b")])
+    assert len(table) == 1
+    row = table[0]
+    assert (row["questions"], row["win"], row["tie"], row["loss"]) == (3, 2, 0, 1)
+    assert (row["a"], row["b"], row["difference"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert row["p"] == pytest.approx(14 / 27, abs=0.03) and (row["low"], row["high"]) == (-1, 1)
+    clear = compare(outcomes([0] * 20), outcomes([1] * 20))[0]
+    assert clear["p"] == pytest.approx(1e-4) and clear["low"] == clear["high"] == 1                               # never the other way in 10,000 resamples
+    equal = compare(outcomes([1, 0]), outcomes([1, 0]))[0]
+    assert equal["p"] == 1 and (equal["win"], equal["tie"], equal["loss"]) == (0, 2, 0)
+    both = compare(outcomes([0, 0]) + outcomes([1, 1, 1], "y"), outcomes([1, 1]) + outcomes([1, 1, 0], "y"))
+    assert [r["benchmark"] for r in both] == ["x", "y", "macro average"] and both[2]["difference"] == pytest.approx((1 - 1 / 3) / 2)
+    assert (both[2]["win"], both[2]["tie"], both[2]["loss"]) == (2, 2, 1)
+    with pytest.raises(UserError, match="no question in common"):
+        compare(outcomes([1]), [line(benchmark="z")])
+    with pytest.raises(UserError, match="no question in common"):
+        compare(outcomes([1]), [{**outcomes([1])[0], "question": "Another?"}])
+
+
+# ---- a whole evaluation ----------------------------------------------------------------------------------------------
+
+def run_main(capsys, *argv):
+    code = evaluation.main([str(a) for a in argv])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_eval_demo_whole_resumed_and_compared(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["--limit", 6, "--rollout_batch", 2, "--out", "a"]
+    code, out, err = run_main(capsys, *command)
+    assert code == 0, err
+    assert "6 of 200, drawn with seed 0" in out and "| demo | 6 |" in out and "running" not in err and "F1" in err
+    whole = (tmp_path / "a/rollouts.jsonl").read_text()
+    rows = [json.loads(text) for text in whole.splitlines()]
+    wanted = load_benchmark("demo", limit=6, seed=0)
+    assert [r["id"] for r in rows] == [q["id"] for q in wanted] and all(len(r["beliefs"]) == len(r["turns"]) for r in rows)
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    assert results["results"]["demo"]["f1_paper"]["value"] == pytest.approx(sum(f1_score(r["answer"], r["answers"]) for r in rows) / 6)
+    assert results["settings"]["temperature"] == 0 and results["settings"]["fingerprints"]["model"] and "torch" in results["versions"]
+    # cut in the middle of a line: the whole lines are kept, the rest is run again, with the same outcome
+    cut = whole.splitlines(True)
+    (tmp_path / "a/rollouts.jsonl").write_text("".join(cut[:3]) + cut[3][:40])
+    code, out, _ = run_main(capsys, *command)
+    assert code == 0 and "3 of them are there already" in out
+    again = [json.loads(text) for text in (tmp_path / "a/rollouts.jsonl").read_text().splitlines()]
+    assert [(r["id"], r["answer"], r["stop"]) for r in again] == [(r["id"], r["answer"], r["stop"]) for r in rows]
+    assert (tmp_path / "a/rollouts.jsonl").read_text().startswith("".join(cut[:3]))
+    # all there: nothing is loaded, the figures are made again
+    monkeypatch.setattr(evaluation, "load_model", lambda *a, **k: pytest.fail("the model was loaded for nothing"))
+    assert run_main(capsys, *command)[0] == 0
+    code, _, err = run_main(capsys, *command, "--max_turns", 1)
+    assert code == 2 and "max_turns" in err and err.count("\n") == 1
+    code, out, _ = run_main(capsys, "--compare", "a", "a")
+    assert code == 0 and "| demo | 6 |" in out and "0 / 6 / 0" in out and "1.000" in out
+
+
+def test_eval_samples_closed_book_and_one_turn(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_main(capsys, "--limit", 2, "--n", 3, "--out", "n")
+    assert code == 0, err
+    rows = [json.loads(text) for text in (tmp_path / "n/rollouts.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and {r["sample"] for r in rows} == {0, 1, 2} and "pass@n" in out and "temperature 1, 3 samples" in out
+    code, out, err = run_main(capsys, "--limit", 3, "--no_search")
+    assert code == 0, err
+    rows = [json.loads(text) for text in (tmp_path / "results/policy-closed-book/rollouts.jsonl").read_text().splitlines()]
+    assert all(len(r["turns"]) == len(r["beliefs"]) == 1 and not r["turns"][0]["passages"] for r in rows)
+    assert all((r["stop"] == "answer") == (r["answer"] is not None) for r in rows)
+    assert all(r["turns"][0]["text"].startswith(r["answer"]) for r in rows if r["answer"])
+    code, out, err = run_main(capsys, "--limit", 3, "--max_turns", 1)
+    assert code == 0, err
+    rows = [json.loads(text) for text in (tmp_path / "results/policy/rollouts.jsonl").read_text().splitlines()]
+    assert all(len(r["turns"]) == 1 for r in rows) and {r["stop"] for r in rows} <= {"answer", "format", "length", "turns"}
+
+
+def test_eval_stops_when_the_search_is_down_and_goes_on_later(tmp_path, capsys, monkeypatch):
+    class Down:
+        def search_many(self, queries, k):
+            found = [Results() for _ in queries]
+            for f in found:
+                f.error = "HTTP 503"
+            return found
+    monkeypatch.chdir(tmp_path)
+    working = evaluation.open_run_search
+    monkeypatch.setattr(evaluation, "open_run_search", lambda cfg: Down())
+    code, _, err = run_main(capsys, "--limit", 3, "--out", "a")
+    assert code == 2 and "HTTP 503" in err and not (tmp_path / "a/rollouts.jsonl").read_text()
+    monkeypatch.setattr(evaluation, "open_run_search", working)
+    assert run_main(capsys, "--limit", 3, "--out", "a")[0] == 0 and (tmp_path / "a/report.html").exists()
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--benchmark", "nq"], "--search"), (["--n", "2", "--temperature", "0"], "--n samples"), (["--adapter", "nowhere", "--model", "x"], "adapter_config"), (["--adapter", "nowhere"], "give --model"),
+    (["--max_turns", "0"], "at least 1"), (["--compare", "nowhere", "nowhere"], "cannot be read"), (["--report", "nowhere"], "cannot be read"), (["--plot", "nowhere"], "cannot be read")])
+def test_eval_mistakes_are_told_in_one_line(tmp_path, capsys, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_main(capsys, *argv)
+    assert code == 2 and message in err and err.startswith("eval: ") and err.count("\n") == 1
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+EVIL = "</script><script>document.title='pwned'</script><img src=http://127.0.0.1:9/x onerror=\"document.title='pwned'\"><svg onload=alert(1)> \u2028 & &lt;b&gt;"
+
+
+def chromium():
+    found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    return found or pytest.skip("no chromium here (Debian: apt install chromium)")
+
+
+def browse(url, folder, *options):
+    """The page's DOM after its script has run, and what the browser had to say."""
+    run = subprocess.run([chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={folder}/profile", "--window-size=1300,1000",
+                          "--enable-logging=stderr", "--log-level=0", *options, url], capture_output=True, text=True, timeout=120)
+    return run.stdout, run.stderr
+
+
+def many(n, benchmark="b"):
+    """n rollouts, every third one right; gains +0.50 and -0.25; the texts and names are hostile."""
+    rows = []
+    for k in range(n):
+        row = line(id=f"q{k}", question=f"Question {k}? {EVIL}", answer="the red fox" if k % 3 == 0 else f"cat {EVIL}", benchmark=f"{benchmark}{k % 2}")
+        row |= {"f1": f1_score(row["answer"], row["answers"]), "em": exact_match(row["answer"], row["answers"]), "beliefs": [-2.0, -1.5, math.nan if k == 1 else -1.75]}
+        row["turns"][0] |= {"text": f" think {EVIL} </think><search> needle{k} </search>", "passages": [{"id": "p1", "title": f"One {EVIL}", "text": EVIL, "score": 1.0}]}
+        row["turns"][1]["error"] = None
+        rows.append(row)
+    return rows
+
+
+def serve(folder, seen):
+    class Files(BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(urlsplit(self.path).path)
+            path = folder / seen[-1].lstrip("/")
+            self.send_response(200 if path.is_file() else 404)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(path.read_bytes() if path.is_file() else b"")
+
+        def log_message(self, *args):
+            pass
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    return server
+
+
+def test_eval_report_allows_only_itself(tmp_path):
+    evaluation.write_report(tmp_path / "report.html", f"a {EVIL}", {"Model": EVIL}, many(5), summarise(many(5)))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in page and "unsafe" not in page.split("</head>")[0]
+    assert page.count("<script") == 2 and page.count("</script") == 2 and "<img" not in page and "<svg" not in page and not re.search(r"<[^>]*\b(src|href)\s*=", page.split("<style>")[0])
+    for tag in ("style", "script"):                                               # each hash is that of what stands there
+        body = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
+        assert base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert data["rows"][1]["beliefs"] == [-2.0, -1.5, None] and data["rows"][0]["question"].endswith("&lt;b&gt;") and len(data["passages"]) == 1
+
+
+def test_eval_report_in_a_browser(tmp_path):
+    """2,000 rollouts that try to be script. A page around the report presses keys and filters, as a person would."""
+    chromium()
+    evaluation.write_report(tmp_path / "report.html", f"a {EVIL}", {"Model": EVIL}, many(2000), summarise(many(60)))
+    (tmp_path / "person.html").write_text("""<!doctype html><body><iframe id=f src="report.html" width=1300 height=1000></iframe><script>
+      const log = {}, start = performance.now();
+      document.getElementById("f").onload = () => {
+        const w = document.getElementById("f").contentWindow, d = w.document, q = s => d.querySelector(s), press = key => w.dispatchEvent(new w.KeyboardEvent("keydown", {key, bubbles: true}));
+        log.loaded = performance.now() - start; log.nodes = d.querySelectorAll("*").length; log.title = d.title; log.heading = q("h1").textContent;
+        log.count = q("#count").textContent; log.items = d.querySelectorAll(".item").length; log.question = q("h2").textContent;
+        log.pills = [...d.querySelectorAll("#show .pill")].map(e => e.textContent); log.tones = [...d.querySelectorAll("#show .pill")].map(e => e.className);
+        log.folded = d.querySelectorAll("#show details[open]").length; log.images = d.querySelectorAll("img, svg[onload], iframe").length;
+        press("p"); log.passage = q(".passage p").textContent; log.supporting = q(".passage em").textContent; press("p");
+        log.line = d.querySelectorAll("#show svg.chart circle").length; log.act = [...d.querySelectorAll("#show .act")].map(e => e.textContent);
+        press("ArrowRight"); log.next = q("h2").textContent.slice(0, 11); press("j"); press("k"); press("k"); log.back = q("h2").textContent.slice(0, 11);
+        const set = (id, value, type) => { q("#" + id).value = value; q("#" + id).dispatchEvent(new w.Event(type)); };
+        set("result", "right", "change"); log.right = q("#count").textContent; set("benchmark", "b1", "change"); log.both = q("#count").textContent; log.first = q("h2").textContent.slice(0, 11);
+        set("result", "", "change"); set("benchmark", "", "change"); set("q", "NEEDLE1234", "input"); log.found = q("#count").textContent; log.hash = w.location.hash;
+        set("q", "", "input"); set("stop", "answer", "change"); log.stop = q("#count").textContent; const t = performance.now(); for (let i = 0; i < 50; i++) press("j"); log.step = (performance.now() - t) / 50;
+        log.far = q("h2").textContent.slice(0, 12); log.current = q(".item[aria-current=true] b").textContent.slice(0, 12); log.nodesAfter = d.querySelectorAll("*").length;
+        document.body.replaceChildren(JSON.stringify(log));
+      };</script>""")
+    seen = []
+    server = serve(tmp_path, seen)
+    try:
+        dom, said = browse(f"http://127.0.0.1:{server.server_port}/person.html", tmp_path, "--dump-dom")
+    finally:
+        server.shutdown()
+        server.server_close()
+    import html
+    log = json.loads(html.unescape(re.search(r"<body>(\{.*\})</body>", dom, re.DOTALL)[1]))
+    if os.environ.get("SHOW"): print({k: log[k] for k in ("loaded", "step", "nodes", "items", "nodesAfter")})
+    assert set(seen) <= {"/person.html", "/report.html", "/favicon.ico"}                                           # and nothing else was asked for
+    assert "Refused" not in said and "Uncaught" not in said
+    assert log["title"] == log["heading"] == f"a {EVIL}".replace("\u2028", log["title"][log["title"].index("alert(1)> ") + 10])
+    assert log["images"] == 0 and "onerror" in log["question"] and "onerror" in log["passage"] and log["supporting"].strip() == "supporting"
+    assert log["count"] == "2,000 of 2,000 rollouts" and log["items"] < 40 and log["nodes"] < 2000 and log["nodesAfter"] < 2000
+    assert log["pills"] == ["gain +0.50", "gain \u22120.25"] and ["up" in t.split() for t in log["tones"]] == [True, False] and log["folded"] == 0
+    assert log["line"] == 3 and log["act"] == ["searches forneedle0", "searches forq", "answersred fox"]
+    assert log["next"] == "Question 1?" and log["back"] == "Question 0?"
+    assert log["right"] == "667 of 2,000 rollouts" and log["both"] == "333 of 2,000 rollouts" and log["first"] == "Question 3?"      # 0, 3 .. 1998; of these the odd ones
+    assert log["found"] == "1 of 2,000 rollouts" and "q=NEEDLE1234" in log["hash"]
+    assert log["stop"] == "2,000 of 2,000 rollouts" and log["far"] == log["current"] == "Question 50?"
+    assert log["loaded"] < 5000 and log["step"] < 200                              # milliseconds: usable, not fast
+
+
+def test_eval_report_of_a_training_run(tmp_path, capsys):
+    """Twelve steps; one question comes back at steps 1, 7 and 12, so that it can be read side by side, returns shown."""
+    rows = []
+    for step in range(1, 13):
+        for k in range(2):
+            row = line(id="again" if step in (1, 7, 12) else f"s{step}", step=step)
+            del row["benchmark"], row["sample"]
+            for turn, value in zip(row["turns"], (1.5, -0.5, 0.25)):
+                turn["return"] = value
+            rows.append(row)
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "config.json").write_text(json.dumps({"model": "demo/policy", "credit": "igpo"}))
+    code, _, err = run_main(capsys, "--report", tmp_path)
+    assert code == 0, err
+    assert chromium()
+    dom, _ = browse(f"file://{tmp_path}/report.html#side=1", tmp_path, "--dump-dom")
+    body = dom[dom.index("<header"):]                        # what the script made, after the data
+    assert body.count("<section>") == 3 and all(f">step {s}</p>" in body for s in (1, 7, 12)) and "steps 1–2" in body
+    assert body.count('return <b>+1.50</b>') == 3 and body.count('return <b>−0.50</b>') == 3 and ">igpo</dd>" in body
+
+
+def test_eval_large_reports_keep_whole_questions(tmp_path):
+    rows = [line(id=str(k), step=s) for s in (1, 2, 3) for k in range(10)] + [line(id=f"once{k}", step=4) for k in range(10)]
+    evaluation.write_report(tmp_path / "r.html", "t", {}, rows, summarise(rows), limit=25)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "r.html").read_text(encoding="utf-8"), re.DOTALL)[1])
+    assert len(data["rows"]) == 25 and sum(r["id"].startswith("once") for r in data["rows"]) == 1 and "40" in data["note"]
+
+
+def test_eval_screenshots_differ_in_light_and_dark(tmp_path):
+    evaluation.write_report(tmp_path / "r.html", "t", {}, many(20), summarise(many(20)))
+    sizes = []
+    for scheme in (1, 0):
+        browse(f"file://{tmp_path}/r.html", tmp_path, f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={tmp_path}/{scheme}.png")
+        sizes.append((tmp_path / f"{scheme}.png").read_bytes())
+    assert all(len(s) > 20_000 for s in sizes) and sizes[0] != sizes[1]
+
+
+# ---- training curves -------------------------------------------------------------------------------------------------
+
+def write_run(folder, seed, credit="igpo", lift=0.0):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"credit": credit, "seed": seed, "out": str(folder), "lr": 1e-3}))
+    rows = [{"step": 0, "eval_f1": 0.1 + lift}]
+    for step in (1, 2):
+        rows.append({"step": step, "policy_tokens": 100 * step + 10 * seed, "no_signal_outcome": 0.5 + lift, "no_signal_igpo": 0.25, "belief_first": -3.0, "belief_last": -2.0 + lift})
+    rows[-1]["eval_f1"] = 0.3 + lift
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(folder)
+
+
+def test_eval_plot_by_hand(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    runs = [write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1, lift=0.2), write_run(tmp_path / "c", 0, credit="grpo")]
+    series = evaluation.curves([evaluation.read_run(r) for r in runs])
+    assert list(series) == ["igpo", "grpo"] and series["igpo"]["seeds"] == 2 and series["grpo"]["seeds"] == 1
+    # tokens: 100 + 200 and 110 + 210, mean 310; F1 .1 and .3, then .3 and .5
+    assert series["igpo"]["eval_f1"] == [(0, 0, pytest.approx(0.2), 0.1, pytest.approx(0.3)), (2, 310, pytest.approx(0.4), 0.3, 0.5)]
+    assert series["igpo"]["belief_gain"] == [(1, 105, pytest.approx(1.1), 1.0, pytest.approx(1.2)), (2, 310, pytest.approx(1.1), 1.0, pytest.approx(1.2))]
+    figure = evaluation.plot(runs, str(tmp_path / "curves.png"))
+    steps, tokens, signal, gain = figure.axes
+    assert [list(l.get_xdata()) for l in steps.lines] == [[0, 2], [0, 2]] and [list(l.get_xdata()) for l in tokens.lines] == [[0, 310], [0, 300]]
+    assert list(steps.lines[0].get_ydata()) == pytest.approx([0.2, 0.4]) and len(steps.collections) == 1                   # one band: two seeds
+    assert [l.get_label() for l in signal.lines] == ["igpo, outcome only", "igpo, with gains", "grpo, outcome only", "grpo, with gains"]
+    assert list(signal.lines[0].get_ydata()) == pytest.approx([0.6, 0.6]) and list(gain.lines[1].get_ydata()) == pytest.approx([1.0, 1.0])
+    assert run_main(capsys, "--plot", *runs, "-o", tmp_path / "c.png")[0] == 0
+    assert (tmp_path / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (tmp_path / "c.png").stat().st_size > 20_000
+
+
+def test_eval_of_a_trained_adapter_takes_the_episode_from_its_run(tmp_path, capsys, monkeypatch):
+    """The adapter of a run changes the beliefs; max_turns and search come from its config.json unless given."""
+    import torch
+    from dataclasses import asdict
+    from igpo import DEMO, Config, load_model
+    monkeypatch.chdir(tmp_path)
+    cfg = Config(**{**DEMO, "max_turns": 2})
+    model, _ = load_model(cfg)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.05)
+    model.save_pretrained("runs/x/checkpoint")
+    (tmp_path / "runs/x/checkpoint/state.pt").write_bytes(b"")
+    Path("runs/x/config.json").write_text(json.dumps(asdict(cfg)))
+    rows = {}
+    for name, argv in {"trained": ["--adapter", "runs/x"], "fresh": ["--max_turns", 2], "longer": ["--adapter", "runs/x", "--max_turns", 3]}.items():
+        code, _, err = run_main(capsys, "--limit", 4, "--out", name, *argv)
+        assert code == 0, err
+        rows[name] = [json.loads(text) for text in Path(name, "rollouts.jsonl").read_text().splitlines()]
+    settings = {name: json.loads(Path(name, "config.json").read_text()) for name in rows}
+    assert [settings[n]["max_turns"] for n in ("trained", "fresh", "longer")] == [2, 2, 3] and max(len(r["turns"]) for r in rows["trained"]) <= 2
+    assert all(abs(a["beliefs"][0] - b["beliefs"][0]) > 1e-3 for a, b in zip(rows["trained"], rows["fresh"]))
+    assert [r["beliefs"][0] for r in rows["trained"]] == pytest.approx([r["beliefs"][0] for r in rows["longer"]])
+    assert settings["trained"]["fingerprints"]["adapter"] and not settings["fresh"]["fingerprints"]["adapter"]

@@ -456,12 +456,15 @@ class Stage:
     short: int = 0                  # until this step: only 2-hop questions, at most 2 searches, and page text is learned as well
 
 
+# NOT FINISHED: what comes out reads a chain that it is shown, but does not copy the ship of the question into its first
+# search (right in 0 of 793, diagnostics.json), so it finds nothing, and is too sure of itself on wrong pages.
 # Copying the word after a relation comes first, on one page; then telling pages apart and following a chain; then the episode.
 # In any other order that was tried (the episode alone, three pages from the start) the reader stayed at guessing a name that it had seen.
 STAGES = (
     Stage(1, steps=500, horizon=3000, lookups=1.0, pages=((10**9, (1,)),)),
     Stage(500, steps=500, horizon=3000, lookups=1.0, pages=((300, (2,)), (10**9, (2, 3, 4)))),
-    Stage(1000, steps=1300, horizon=1300, lookups=0.25, pages=((10**9, (2, 3, 4)),), short=200),
+    Stage(1000, steps=500, horizon=1300, lookups=0.25, pages=((10**9, (2, 3, 4)),), short=200),
+    Stage(2000, steps=520, horizon=520, lookups=0.25, pages=((10**9, (2, 3, 4)),)),
 )
 
 
