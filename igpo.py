@@ -202,7 +202,13 @@ INSTRUCTION = """Answer the question. You can search, and what you need to know 
 Work in turns. First reason between <think> and </think>. Then do one of two things:
 - search: <search> what to look for </search>. The results come back between <information> and </information>, and the next turn begins.
 - answer: <answer> the answer in a few words, nothing else </answer>. This ends the task.
-Search for one thing at a time, read what came back, and answer as soon as you know."""
+Search for one thing at a time, read what came back, and answer as soon as you know. For example:
+
+<think> I must find out who built the Tavo bridge first. </think>
+<search> Tavo bridge builder </search>
+<information> (1) Tavo bridge: It was built by Mira Oss. </information>
+<think> Mira Oss built it. Now I know enough. </think>
+<answer> Mira Oss </answer>"""
 
 SCHEMA = "\nNow there's enough information to answer.\n</think>\n<answer>\n"   # the belief is read under this (paper, section 3.2)
 MAX_GOLD_TOKENS = 32
