@@ -60,7 +60,7 @@ from search_tool import Passage, SearchError, clean_query, clean_text, open_sear
 
 HERE = Path(__file__).resolve().parent
 transformers_logging.disable_progress_bar()
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")    # PEFT asks by the old name
+warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")    # the old name works with every 5.x
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
