@@ -815,11 +815,10 @@ def evaluate(model, tokenizer, questions: list[dict], search, cfg: Config) -> di
 
 def step_questions(questions: list[dict], step: int, cfg: Config) -> list[dict]:
     """The questions of a step (from 1). Each epoch is a permutation of its own; the step alone tells where we are."""
-    chosen = []
-    for i in range((step - 1) * cfg.questions, step * cfg.questions):
-        epoch, position = divmod(i, len(questions))
-        chosen.append(questions[random.Random(f"{cfg.seed}-{epoch}").sample(range(len(questions)), len(questions))[position]])
-    return chosen
+    first, last = (step - 1) * cfg.questions, step * cfg.questions
+    orders = {epoch: random.Random(f"{cfg.seed}-{epoch}").sample(range(len(questions)), len(questions))
+              for epoch in range(first // len(questions), (last - 1) // len(questions) + 1)}
+    return [questions[orders[i // len(questions)][i % len(questions)]] for i in range(first, last)]
 
 
 def mean(values) -> float:
