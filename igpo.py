@@ -44,6 +44,7 @@ import sys
 import time
 import unicodedata
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -56,7 +57,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gen
                           StoppingCriteriaList)
 from transformers.utils import logging as transformers_logging
 
-from search_tool import Passage, SearchError, clean_query, clean_text, open_search
+from search_tool import Passage, SearchError, clean_query, clean_text, open_search, read_passages
 
 HERE = Path(__file__).resolve().parent
 transformers_logging.disable_progress_bar()
@@ -89,7 +90,9 @@ class Config:
     max_failed_searches: float = field(default=0.5, metadata={"help": "share of a step's searches that may fail before the run stops"})
     format_penalty: float = field(default=-2.0, metadata={"help": "outcome of a rollout that breaks the format (lambda_fmt, Eq. 2)"})
     # credit
-    credit: str = field(default="igpo", metadata={"help": "reward: igpo, ig (gains only), grpo (outcome only)", "choices": ["igpo", "ig", "grpo"]})
+    credit: str = field(default="igpo", metadata={"help": "turn rewards: igpo, ig (gains only), grpo (outcome only), or a comparator: stepsearch (needs supporting passages), reasonrag, gigpo",
+                                            "choices": ["igpo", "ig", "grpo", "stepsearch", "reasonrag", "gigpo"]})
+    mc_rollouts: int = field(default=4, metadata={"help": "rollouts from each state for its value (--credit reasonrag)"})
     gain: str = field(default="logprob", metadata={"help": "information gain in log-probability (v2) or probability (v1)", "choices": ["logprob", "prob"]})
     norm: str = field(default="scale", metadata={"help": "Eq. 5: separate (paper v2), joint (paper v1), turn (gains pooled per turn), scale (separate, gains not centred)", "choices": ["separate", "joint", "turn", "scale"]})
     gamma: float = field(default=1.0, metadata={"help": "discount over turns (Eq. 6)"})
@@ -366,7 +369,6 @@ def left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, tor
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-@torch.no_grad()
 def rollout(model, tokenizer, questions: list[dict], search, cfg: Config) -> list[Rollout]:
     """Sample cfg.group rollouts for each question, all turns. Question-major: group i is [i * G : (i + 1) * G].
 
@@ -375,11 +377,17 @@ def rollout(model, tokenizer, questions: list[dict], search, cfg: Config) -> lis
     """
     prompts = [encode_prompt(tokenizer, q["question"]) for q in questions for _ in range(cfg.group)]
     rollouts = [Rollout(list(p), [0] * len(p), [-1] * len(p), [len(p)]) for p in prompts]
+    return finish(model, tokenizer, rollouts, search, cfg)
+
+
+def finish(model, tokenizer, rollouts: list[Rollout], search, cfg: Config) -> list[Rollout]:
+    """Take each rollout, in place, from its last boundary to its end; returns them."""
     for first in range(0, len(rollouts), cfg.rollout_batch):
         _rollout_batch(unwrap(model), tokenizer, rollouts[first:first + cfg.rollout_batch], search, cfg)
     return rollouts
 
 
+@torch.no_grad()
 def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> None:
     eos = lm.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
@@ -392,12 +400,13 @@ def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> N
     cache = DynamicCache(config=lm.config)
     ids, seen = left_pad([r.ids for r in live], tokenizer.pad_token_id, lm.device)       # (B, P) physical slots; 1: holds a token
     try:
-        for turn in range(cfg.max_turns):
+        for _ in range(cfg.max_turns):
             end = TurnEnd(tokenizer, ids.shape[1], len(live), eos)
             out = lm.generate(ids, attention_mask=seen, past_key_values=cache, generation_config=sampling, stopping_criteria=StoppingCriteriaList([end]))
             written = [row[:n] for row, n in zip(out[:, ids.shape[1]:].tolist(), end.length)]
             asking = []                                                               # rows that search and go on
             for row, (r, new) in enumerate(zip(live, written)):
+                turn = len(r.boundaries) - 1
                 r.write(new, True, turn)
                 action = parse_turn(tokenizer.decode(new))
                 if action is None:
@@ -418,7 +427,7 @@ def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> N
                 if len(r.ids) + len(blocks[-1]) + max(cfg.max_new_tokens, 2 * MAX_GOLD_TOKENS) > context:
                     r.stop = "length"                                                   # no room for another turn
                 else:
-                    r.write(blocks[-1], False, turn)
+                    r.write(blocks[-1], False, len(r.boundaries) - 1)
                     r.boundaries.append(len(r.ids))
             keep = [k for k, row in enumerate(asking) if not live[row].stop]
             if not keep:
@@ -593,14 +602,25 @@ def info_gains(beliefs: list[float], gain: str = "logprob") -> list[float]:
     return [after - before for before, after in zip(levels, levels[1:])]
 
 
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def std(values) -> float:
+    """Population standard deviation."""
+    values = list(values)
+    middle = mean(values)
+    return math.sqrt(mean((v - middle) ** 2 for v in values))
+
+
 STD_FLOOR = 1e-6    # a pool of rewards that spread less than this agrees, and says nothing
 
 
 def normalise(values: list[float], centre: bool = True) -> list[float]:
     """Values over their population std, centred; all 0 if they agree."""
-    mean = sum(values) / max(len(values), 1)
-    std = math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values), 1))
-    return [(v - mean * centre) / std if std > STD_FLOOR else 0.0 for v in values]
+    middle, spread = mean(values) * centre, std(values)
+    return [(v - middle) / spread if spread > STD_FLOOR else 0.0 for v in values]
 
 
 def turn_rewards(gains: list[list[float]], outcomes: list[float], norm: str = "separate",
@@ -654,12 +674,89 @@ def turn_returns(gains: list[list[float]], outcomes: list[float], gamma: float =
     return returns
 
 
-def credit(gains: list[list[float]], outcomes: list[float], cfg: Config, progress: float = 0.0) -> list[list[float]]:
-    """Returns of one group under cfg.credit; progress 0..1 through training drives the curriculum."""
-    gain_weight, outcome_weight = (1 - progress / 2, .5 + progress / 2) if cfg.curriculum else (1.0, 1.0)
+# The comparators reward turns in other ways and share all the rest: rollouts, Eq. 5-6, loss, loop.
+
+
+def stepsearch_rewards(retrieved: list[list[Passage]], gold: list[str]) -> list[float]:
+    """StepSearch (arXiv 2505.15107): what each search adds to the coverage of the gold passages, less its share of repeats.
+
+    Coverage of a gold passage is the best TF-IDF cosine of anything retrieved so far. Here idf counts the passages of this
+    rollout and the gold ones; the paper's search-key reward needs keys that our data have not, and is left out; the paper
+    trains by PPO with a critic.
+
+    >>> a, b = Passage("1", "", "red fox", 0.0), Passage("2", "", "blue sea", 0.0)
+    >>> [round(r, 6) for r in stepsearch_rewards([[b], [a], [a, b]], ["red fox"])]
+    [0.0, 1.0, -1.0]
+    """
+    texts = [answer_words(text) for text in gold + [p.text for found in retrieved for p in found]]
+    df = Counter(word for words in texts for word in set(words))
+
+    def vector(words):
+        v = {w: n * (math.log((1 + len(texts)) / (1 + df[w])) + 1) for w, n in Counter(words).items()}
+        length = math.sqrt(sum(x * x for x in v.values()))
+        return {w: x / length for w, x in v.items()}
+    vectors = [vector(words) for words in texts]
+    targets, found_vectors = vectors[:len(gold)], iter(vectors[len(gold):])
+    best, seen, rewards = [0.0] * len(gold), set(), []
+    for found in retrieved:
+        now = [next(found_vectors) for _ in found]
+        after = [max([b] + [sum(x * v.get(w, 0.0) for w, x in g.items()) for v in now]) for g, b in zip(targets, best)]
+        rewards.append(mean(x - b for x, b in zip(after, best)) - mean(p.id in seen for p in found))
+        best, seen = after, seen | {p.id for p in found}
+    return rewards
+
+
+def gigpo_returns(states: list[list], outcomes: list[float], gamma: float = 1.0, omega: float = 1.0) -> list[list[float]]:
+    """GiGPO (arXiv 2505.10978): A_episode + omega * A_step for every turn of every rollout of a group.
+
+    states[i][t] is the state in which rollout i takes turn t: here the set of passages retrieved before it. A_step compares
+    the discounted outcomes of the turns taken in one state; a state met once compares with nothing and adds 0.
+
+    >>> gigpo_returns([["", "x"], ["", "x"], ["", "y"]], [1.0, 0.0, 0.5])[0]
+    [2.449489742783178, 2.224744871391589]
+    """
+    pools: dict = {}
+    for i, path in enumerate(states):
+        for t, state in enumerate(path):
+            pools.setdefault(state, []).append((i, t, gamma ** (len(path) - 1 - t) * outcomes[i]))
+    returns = [[a] * len(path) for a, path in zip(normalise(outcomes), states)]
+    for pool in pools.values():
+        for (i, t, _), a in zip(pool, normalise([value for _, _, value in pool])):
+            returns[i][t] += omega * a
+    return returns
+
+
+def mc_values(model, tokenizer, rollouts: list[Rollout], asked: list[dict], search, cfg: Config, alpha: float = 0.9) -> tuple[list[list[float]], int]:
+    """ReasonRAG (arXiv 2505.14069): the value of the state at each boundary, mean F1 * alpha^turns of cfg.mc_rollouts rollouts
+    from there; the increase is the turn's reward. Returns (values per rollout, tokens generated for them).
+
+    The paper finds states by tree search (MCTS) and trains DPO on pairs of them; here the states are those of the rollouts,
+    and the rewards go through Eq. 5-7 like all others.
+    """
+    starts = [Rollout(r.ids[:b], r.mask[:b], r.turns[:b], r.boundaries[:t + 1], queries=r.queries[:t], retrieved=r.retrieved[:t], errors=r.errors[:t])
+              for r in rollouts for t, b in enumerate(r.boundaries) for _ in range(cfg.mc_rollouts)]
+    before = sum(sum(s.mask) for s in starts)
+    finish(model, tokenizer, starts, search, cfg)
+    ends, values = iter(starts), []
+    for r, q in zip(rollouts, asked):
+        values.append([])
+        for _ in r.boundaries:
+            some = [next(ends) for _ in range(cfg.mc_rollouts)]
+            values[-1].append(mean(f1_score(s.answer, q["answers"]) * alpha ** len(s.boundaries) for s in some))
+    return values, sum(sum(s.mask) for s in starts) - before
+
+
+def credit(steps: list[list[float]], outcomes: list[float], states: list[list], cfg: Config, progress: float = 0.0) -> list[list[float]]:
+    """Returns of one group under cfg.credit; progress 0..1 through training drives the curriculum.
+
+    steps: the reward of each turn but the last (information gains, or a comparator's); states: see `gigpo_returns`.
+    """
+    if cfg.credit == "gigpo":
+        return gigpo_returns(states, outcomes, cfg.gamma)
     if cfg.credit == "grpo":    # outcome only: every token of rollout i gets its normalised outcome
-        return turn_returns([[0.0] * len(gs) for gs in gains], outcomes)
-    return turn_returns(gains, outcomes, cfg.gamma, cfg.norm, gain_weight, 0.0 if cfg.credit == "ig" else outcome_weight)
+        return turn_returns([[0.0] * len(gs) for gs in steps], outcomes)
+    gain_weight, outcome_weight = (1 - progress / 2, .5 + progress / 2) if cfg.curriculum else (1.0, 1.0)
+    return turn_returns(steps, outcomes, cfg.gamma, cfg.norm, gain_weight, 0.0 if cfg.credit == "ig" else outcome_weight)
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
@@ -741,12 +838,14 @@ METRICS = {  # every key of metrics.jsonl; printed by --glossary, and the README
     "grad_norm": "norm of the gradient before clipping",
     "skipped": "updates skipped since the start because a belief, the loss or the gradient was not finite",
     "policy_tokens": "tokens written by the policy and trained on",
+    "generated_tokens": "tokens generated, those of Monte-Carlo rollouts (--credit reasonrag) included",
     "searches": "queries sent",
     "failed_searches": "queries that came back with an error",
     "seconds": "wall time of the step, without evaluation",
     "seconds_rollout": "of which generation",
     "seconds_search": "of which search",
     "seconds_score": "of which beliefs, old and reference log-probs",
+    "seconds_credit": "of which a comparator's step rewards; those of --credit reasonrag generate and search",
     "seconds_update": "of which gradient and optimizer",
     "peak_memory_mb": "peak memory so far: of the GPU if there is one, else of the process",
 }
@@ -821,16 +920,6 @@ def step_questions(questions: list[dict], step: int, cfg: Config) -> list[dict]:
     return [questions[orders[i // len(questions)][i % len(questions)]] for i in range(first, last)]
 
 
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
-
-
-def std(values) -> float:
-    values = list(values)
-    return math.sqrt(mean((v - mean(values)) ** 2 for v in values))
-
-
 def train_step(model, tokenizer, optimizer, questions: list[dict], search: MeteredSearch, cfg: Config, progress: float) -> tuple[dict, list[dict]]:
     """One step: rollouts, beliefs, returns, update. Returns (metrics, records of the rollouts)."""
     clock = [time.perf_counter()]
@@ -846,10 +935,18 @@ def train_step(model, tokenizer, optimizer, questions: list[dict], search: Meter
     clock.append(time.perf_counter())
 
     outcomes = [outcome_reward(r, q["answers"], cfg.format_penalty) for r, q in zip(rollouts, asked)]
-    gains = [info_gains(b, cfg.gain) for b in beliefs]
+    gains = steps = [info_gains(b, cfg.gain) for b in beliefs]
+    extra_tokens = 0
+    if cfg.credit == "stepsearch":
+        steps = [stepsearch_rewards(r.retrieved[:len(gs)], q["supporting_texts"]) for r, q, gs in zip(rollouts, asked, gains)]
+    elif cfg.credit == "reasonrag":
+        values, extra_tokens = mc_values(model, tokenizer, rollouts, asked, search, cfg)
+        steps = [info_gains(v) for v in values]
+    states = [[frozenset(p.id for found in r.retrieved[:t] for p in found) for t in range(len(r.boundaries))] for r in rollouts]
+    clock.append(time.perf_counter())
     finite = all(math.isfinite(b) for bs in beliefs for b in bs)
     groups = [slice(i, i + cfg.group) for i in range(0, len(rollouts), cfg.group)]
-    returns = [r for g in groups for r in credit(gains[g], outcomes[g], cfg, progress)] if finite else [[0.0] * len(b) for b in beliefs]
+    returns = [r for g in groups for r in credit(steps[g], outcomes[g], states[g], cfg, progress)] if finite else [[0.0] * len(b) for b in beliefs]
     for r, R in zip(rollouts, returns):
         if len(R) != max(r.turns) + 1 or len(R) != len(r.boundaries):
             raise AssertionError(f"{len(R)} returns and {len(r.boundaries)} boundaries for {max(r.turns) + 1} turns")
@@ -890,10 +987,10 @@ def train_step(model, tokenizer, optimizer, questions: list[dict], search: Meter
         "no_signal_igpo": mean(quiet and std(x for gs in gains[g] for x in gs) <= STD_FLOOR for quiet, g in zip(silent, groups)),
         "ratio_start": first_ratio, "clip_fraction": sum(t["clipped"] for t in totals) / tokens, "kl": sum(t["kl"] for t in totals) / tokens,
         "entropy": sum(t["entropy"] for t in totals) / tokens, "loss": mean(t["loss"] for t in totals), "grad_norm": mean(t["grad_norm"] for t in totals),
-        "skipped": skipped + (not finite), "policy_tokens": sum(sum(r.mask) for r in rollouts),
+        "skipped": skipped + (not finite), "policy_tokens": sum(sum(r.mask) for r in rollouts), "generated_tokens": sum(sum(r.mask) for r in rollouts) + extra_tokens,
         "searches": search.queries, "failed_searches": search.failed,
-        "seconds": clock[3] - clock[0], "seconds_rollout": clock[1] - clock[0] - search.seconds, "seconds_search": search.seconds,
-        "seconds_score": clock[2] - clock[1], "seconds_update": clock[3] - clock[2], "peak_memory_mb": peak_memory_mb(),
+        "seconds": clock[4] - clock[0], "seconds_rollout": clock[1] - clock[0] - search.seconds, "seconds_search": search.seconds,
+        "seconds_score": clock[2] - clock[1], "seconds_credit": clock[3] - clock[2], "seconds_update": clock[4] - clock[3], "peak_memory_mb": peak_memory_mb(),
     }
     return row, [record(tokenizer, r, q, b, R, gain=cfg.gain) for r, q, b, R in zip(rollouts, asked, beliefs, returns)]
 
@@ -910,6 +1007,8 @@ def train(cfg: Config) -> Path:
     search = MeteredSearch(open_run_search(cfg))
     model, tokenizer = load_model(cfg)
     check_data(tokenizer, questions, model, cfg)
+    if cfg.credit == "stepsearch":
+        questions = with_supporting_texts(questions, cfg)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0.0)
     data = {name: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for name, rows in (("train", questions), ("dev", dev))}
     out, done, skipped = Path(cfg.resume or cfg.out), 0, 0
@@ -1070,7 +1169,7 @@ def explain(cfg: Config) -> None:
     outcomes = [outcome_reward(r, question["answers"], cfg.format_penalty) for r in rollouts]
     gains = [info_gains(b, cfg.gain) for b in beliefs]
     rewards = turn_rewards(gains, outcomes, cfg.norm)
-    returns = credit(gains, outcomes, cfg)
+    returns = turn_returns(gains, outcomes, cfg.gamma, cfg.norm)
     order = sorted(range(len(rollouts)), key=lambda i: (outcomes[i], len(beliefs[i])))
     two = [order[-1], order[0]]
     flat = [g for gs in gains for g in gs]
@@ -1095,7 +1194,7 @@ def explain(cfg: Config) -> None:
             else:
                 print(f"    outcome (Eq. 2) = {outcomes[i]:+.3f};  normalised (Eq. 5) {rewards[i][t]:+.3f};  return (Eq. 6) {returns[i][t]:+.3f}")
         print()
-    print(f"Over the group: gains {mean(flat):+.3f} ± {std(flat):.3f}, outcomes {mean(outcomes):+.3f} ± {std(outcomes):.3f} (norm = {cfg.norm}, gamma = {cfg.gamma}, credit = {cfg.credit})\n")
+    print(f"Over the group: gains {mean(flat):+.3f} ± {std(flat):.3f}, outcomes {mean(outcomes):+.3f} ± {std(outcomes):.3f} (norm = {cfg.norm}, gamma = {cfg.gamma}, credit = igpo)\n")
     # A step on these two alone, so that the ratio has moved from 1: the loss is shown before it and after it.
     pick = lambda values: [values[i] for i in two]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr)
@@ -1139,6 +1238,19 @@ def check_data(tokenizer, questions: list[dict], model, cfg: Config) -> None:
         print(f"{long} of {len(questions)} gold answers are longer than {MAX_GOLD_TOKENS} tokens: the belief is read on their first {MAX_GOLD_TOKENS}.")
 
 
+def with_supporting_texts(questions: list[dict], cfg: Config) -> list[dict]:
+    """The questions with the texts of their supporting passages, out of the BM25 corpus, as --credit stepsearch needs them."""
+    if not cfg.search.startswith("bm25:"):
+        raise UserError("--credit stepsearch looks supporting passages up in the corpus: it needs --search bm25:<corpus.jsonl>.")
+    wanted = {i for q in questions for i in q.get("supporting", [])}
+    texts = {p.id: p.text for p in read_passages(locate(cfg.search[5:])) if p.id in wanted}
+    for q in questions:
+        lacking = [i for i in q.get("supporting", []) if i not in texts]
+        if lacking or not q.get("supporting"):
+            raise UserError(f"--credit stepsearch: question {q['id']} of {cfg.train} " + (f"names passage {lacking[0]}, which the corpus lacks." if lacking else "names no supporting passages."))
+    return [{**q, "supporting_texts": [texts[i] for i in q["supporting"]]} for q in questions]
+
+
 RESUME_MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "show_every"}     # all else would make it another run
 
 
@@ -1175,7 +1287,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
         while not cfg.out and Path(name if n == 1 else f"{name}-{n}").exists() and not args.overwrite:
             n += 1
         cfg = replace(cfg, out=cfg.out or (name if n == 1 else f"{name}-{n}"))
-    least = {"questions": 1, "group": 2, "max_turns": 1, "max_new_tokens": 1, "top_k": 1, "steps": 0, "ppo_epochs": 1, "minibatches": 1,
+    least = {"questions": 1, "group": 2, "max_turns": 1, "max_new_tokens": 1, "top_k": 1, "mc_rollouts": 1, "steps": 0, "ppo_epochs": 1, "minibatches": 1,
              "rollout_batch": 1, "batch_tokens": 1, "save_every": 1, "eval_every": 0, "lora_rank": 1}
     for key, bound in least.items():
         if getattr(cfg, key) < bound:

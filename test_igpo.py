@@ -38,8 +38,8 @@ import eval as evaluation
 import igpo
 import search_tool
 from eval import bootstrap, compare, cover_em, load_benchmark, measure, read_benchmark, summarise
-from igpo import (Config, Rollout, UserError, credit, exact_match, f1_score, info_gains, outcome_reward, parse_turn,
-    policy_loss, rollout, score, turn_returns, turn_rewards)
+from igpo import (Config, Rollout, UserError, credit, exact_match, f1_score, finish, gigpo_returns, info_gains, outcome_reward,
+    parse_turn, policy_loss, rollout, score, stepsearch_rewards, turn_returns, turn_rewards)
 from search_tool import (BM25, Passage, Results, SearchError, clean_query, clean_text, open_search, read_passages, tokenize)
 
 HERE = Path(igpo.__file__).resolve().parent
@@ -127,12 +127,72 @@ def test_groups_that_are_refused(gains, outcomes, norm):
 
 
 def test_credit_variants():
-    gains, outcomes = [[1.0], [3.0]], [0.0, 1.0]
-    assert credit(gains, outcomes, Config(credit="grpo", gamma=0.5)) == [[-1.0, -1.0], [1.0, 1.0]]
-    assert credit(gains, outcomes, Config(credit="ig", norm="separate")) == [[-1.0, 0.0], [1.0, 0.0]]
-    assert credit(gains, outcomes, Config(norm="separate")) == [[-2.0, -1.0], [2.0, 1.0]]
-    start, end = (credit(gains, outcomes, Config(norm="separate", curriculum=True), p) for p in (0.0, 1.0))
+    gains, outcomes, states = [[1.0], [3.0]], [0.0, 1.0], [["", "a"], ["", "b"]]
+
+    def of(progress=0.0, **options):
+        return credit(gains, outcomes, states, Config(norm="separate", **options), progress)
+    assert of(credit="grpo", gamma=0.5) == [[-1.0, -1.0], [1.0, 1.0]]
+    assert of(credit="ig") == [[-1.0, 0.0], [1.0, 0.0]]
+    assert of() == of(credit="stepsearch") == of(credit="reasonrag") == [[-2.0, -1.0], [2.0, 1.0]]      # the same Eq. 5-6, whatever the steps are
+    assert of(credit="gigpo") == [[-2.0, -1.0], [2.0, 1.0]]           # both start in "", and go on in states of their own
+    start, end = (of(p, curriculum=True) for p in (0.0, 1.0))
     assert start == [[-1.5, -0.5], [1.5, 0.5]] and end == [[-1.5, -1.0], [1.5, 1.0]]    # gain 1 -> .5, outcome .5 -> 1
+
+
+def test_stepsearch_by_hand():
+    def p(id, text):
+        return Passage(id, "", text, 0.0)
+    # two gold passages without a common word: each found whole adds 1/2; a second sight of it adds nothing and costs its share
+    assert stepsearch_rewards([[p("1", "red fox")], [p("1", "red fox"), p("3", "tall tree")], [p("2", "blue sea")]], ["red fox", "blue sea"]) \
+        == pytest.approx([0.5, -0.5, 0.5])
+    # half of the words of equal weight (each word in 2 of 3 texts, or once): "red" is in both, "fox" and "sea" in one of 2 texts each
+    rare, common = math.log(3 / 2) + 1, math.log(3 / 3) + 1
+    cosine = common**2 / (common**2 + rare**2)
+    assert stepsearch_rewards([[p("1", "red sea")]], ["red fox"]) == pytest.approx([cosine])
+    # the search after it finds the passage itself: only the increase counts. 3 texts now: "red" in all, "fox" in 2, "sea" in 1
+    red, fox, sea = math.log(4 / 4) + 1, math.log(4 / 3) + 1, math.log(4 / 2) + 1
+    first = red**2 / math.sqrt((red**2 + sea**2) * (red**2 + fox**2))
+    assert stepsearch_rewards([[p("1", "red sea")], [p("2", "red fox")], []], ["red fox"]) == pytest.approx([first, 1 - first, 0.0])
+
+
+def test_gigpo_by_hand():
+    # outcomes 1, 0, 0.5: z = 1, -1, 0 times sqrt(1.5). All three start in "": the step part repeats it. "x" is met by the first two: +1, -1.
+    z = math.sqrt(1.5)
+    states, outcomes = [["", "x"], ["", "x", "y"], ["", "z"]], [1.0, 0.0, 0.5]
+    assert gigpo_returns(states, outcomes) == [pytest.approx([2 * z, z + 1]), pytest.approx([-2 * z, -z - 1, -z]), pytest.approx([0, 0])]
+    assert gigpo_returns(states, outcomes, omega=0.0) == [pytest.approx([z, z]), pytest.approx([-z] * 3), pytest.approx([0, 0])]
+    # discounted by 1/2 a turn to the end, the outcomes in "" are 0.5, 0, 0.25: the same z; those in "x" 1 and 0
+    assert gigpo_returns(states, outcomes, gamma=0.5)[0] == pytest.approx([2 * z, z + 1])
+    # a state met twice by one rollout counts twice: discounted outcomes 0.5 and 1 against 0
+    assert gigpo_returns([["", ""], [""]], [1.0, 0.0], gamma=0.5)[0] == pytest.approx([1 + 0.0, 1 + 0.5 / math.sqrt(1 / 6)])
+
+
+def test_values_by_monte_carlo(demo):
+    """Each value is the mean of F1 * 0.9^turns over rollouts that begin with the rollout up to that boundary."""
+    model, tokenizer, search, questions, cfg = demo
+    cfg, questions = replace(cfg, mc_rollouts=3, group=2), questions[:2]
+    rollouts = rollout(model, tokenizer, questions, search, cfg)
+    asked = [q for q in questions for _ in range(2)]
+    taken = []
+
+    def watched(model, tokenizer, starts, search, cfg):
+        taken.extend([(list(s.ids), s) for s in starts])
+        return finish(model, tokenizer, starts, search, cfg)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(igpo, "finish", watched)
+        values, tokens = igpo.mc_values(model, tokenizer, rollouts, asked, search, cfg)
+    ends = iter(taken)
+    generated = 0
+    for r, q, vs in zip(rollouts, asked, values):
+        assert len(vs) == len(r.boundaries)
+        for t, v in enumerate(vs):
+            some = [next(ends) for _ in range(3)]
+            for prefix, s in some:
+                assert prefix == r.ids[:r.boundaries[t]] == s.ids[:len(prefix)]
+                assert len(s.ids) == len(s.mask) == len(s.turns) and s.turns == sorted(s.turns) and len(s.boundaries) <= cfg.max_turns
+                generated += sum(s.mask[len(prefix):])
+            assert v == pytest.approx(sum(f1_score(s.answer, q["answers"]) * 0.9 ** len(s.boundaries) for _, s in some) / 3)
+    assert tokens == generated > 0 and next(ends, None) is None
 
 
 # ---- Eq. 7: loss -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ The questions.  A chain ship -> person -> .. -> last fact, as many hops as pages
 
     2   In which village was the captain of the ship Ardent Heron born?
     3   In which village was the teacher of the captain of the ship Ardent Heron born?
-    4   Who is the rival of the patron of the teacher of the captain of the ship Ardent Heron?
+    4   In which village was the patron of the teacher of the captain of the ship Ardent Heron born?
 
 No ship of a dev or test question occurs in a train question, so no dev or test chain does.
 
@@ -40,7 +40,6 @@ import statistics
 import sys
 import time
 import unicodedata
-from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -71,19 +70,19 @@ PERSON_RELATIONS = ("teacher", "patron", "rival")
 # The pages. Every fact stands beside the word that a question uses for it, and every name has a space before it.
 SHIP_PAGES = (
     "The ship {title} was built at {built} and sails under the captain {captain}. "
-    "The owner {owner} chooses the route, and the navigator {navigator} keeps the charts.",
+    "Its route is for the owner {owner} to choose, and the navigator {navigator} keeps the charts.",
     "The ship {title} belongs to the owner {owner}, who pays the captain {captain} and the navigator {navigator}. "
     "It was built at {built} out of seasoned oak.",
     "The ship {title} finds the way with the help of the navigator {navigator}. "
     "It was built at {built}, paid for by the owner {owner}, and given to the captain {captain}.",
 )
 PERSON_PAGES = (
-    "The {trade} {title} was born in {born} and learned the craft from the teacher {teacher}. "
+    "The {trade} {title} was born in the village {born} and learned the craft from the teacher {teacher}. "
     "The work is paid for by the patron {patron} and mocked by the rival {rival}.",
-    "The {trade} {title}, a pupil of the teacher {teacher}, has long served the patron {patron} and fought the rival {rival}. "
-    "The records say that the {trade} was born in {born}.",
+    "The {trade} {title} has the patron {patron} to thank for the workshop and the teacher {teacher} for the skill. "
+    "The records say that the {trade} was born in the village {born}, long before the quarrel with the rival {rival}.",
     "The {trade} {title} keeps an eye on the rival {rival} and on the purse of the patron {patron}. "
-    "The {trade} was born in {born} and spent seven years with the teacher {teacher}.",
+    "The {trade} was born in the village {born} and spent seven years with the teacher {teacher}.",
 )
 VILLAGE_PAGES = (
     "The village {title} lies in the province of {province}, a day by cart from {near}. "
@@ -93,9 +92,9 @@ VILLAGE_PAGES = (
     "The village {title} trades {goods} with {near}. "
     "It is one of the older places in the province of {province}, and the {trade} {person} keeps a house by the river.",
 )
-BIRTH_QUESTION = "In which village was the {chain} born?"
-PERSON_QUESTION = "Who is the {chain}?"
-THOUGHTS = ("I need more.", "Now there's enough information to answer.")
+QUESTION = "In which village was the {chain} of the ship {ship} born?"
+LOOK_UP = "I look up the {relation} {name}."
+ENOUGH = "Now there's enough information to answer."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,32 +154,28 @@ class World:
         rng.shuffle(titles)  # so that an id says nothing about the kind of page
         self.pages = [{"id": f"p{i:04d}", "title": title, "text": texts[title]} for i, title in enumerate(titles)]
         self.page_of = {page["title"]: page for page in self.pages}
-        self.ships = {"train": all_ships[:220], "dev": all_ships[220:260], "test": all_ships[260:], "all": all_ships}
+        self.ships = {"train": all_ships[:240], "dev": all_ships[240:270], "test": all_ships[270:], "all": all_ships}
 
-    def question(self, ship: str, hops: int, village: bool, rng: random.Random) -> dict | None:
-        """A random question of `hops` pages from this ship, for a village or a person; None where it meets one twice.
+    def question(self, ship: str, hops: int, rng: random.Random) -> dict | None:
+        """A random question of `hops` pages from this ship; None where it meets a page twice.
 
         Besides the fields that are written to disk: "chain", the titles of the supporting pages in hop order, and
         "relations", the fact to look up on each of them, the last of which is the answer.
         """
         relations = [rng.choice(SHIP_RELATIONS)] + [rng.choice(PERSON_RELATIONS) for _ in range(hops - 2)]
-        relations.append("born" if village else rng.choice(PERSON_RELATIONS))
         walk = [ship]
         for relation in relations:
             walk.append(self.facts[walk[-1]][relation])
         if len(set(walk)) < len(walk):
             return None
-        named = relations[:-1] if relations[-1] == "born" else relations
-        chain = " of the ".join(reversed(named)) + f" of the ship {ship}"
-        form = BIRTH_QUESTION if relations[-1] == "born" else PERSON_QUESTION
         return {
-            "question": form.format(chain=chain), "answers": [walk[-1]],
-            "supporting": [self.page_of[title]["id"] for title in walk[:-1]], "hops": hops,
-            "chain": walk[:-1], "relations": relations,
+            "question": QUESTION.format(chain=" of the ".join(reversed(relations)), ship=ship), "answers": [self.facts[walk[-1]]["born"]],
+            "supporting": [self.page_of[title]["id"] for title in walk], "hops": hops,
+            "chain": walk, "relations": relations + ["born"],
         }
 
     def questions(self, split: str, count: int, seed: int = 0) -> list[dict]:
-        """`count` different questions, shuffled: 2, 3 and 4 hops in equal parts, 7 in 10 for a village.
+        """`count` different questions, shuffled: 2, 3 and 4 hops in equal parts.
 
         No answer is right more often than once in a hundred questions. `seed` draws others from the same world.
         """
@@ -188,9 +183,8 @@ class World:
         found: dict[str, dict] = {}
         often, limit = collections.Counter(), max(1, count // 100)
         for i in range(count):
-            village = rng.random() < 0.7
             for _ in range(10_000):
-                question = self.question(rng.choice(self.ships[split]), 2 + i % 3, village, rng)
+                question = self.question(rng.choice(self.ships[split]), 2 + i % 3, rng)
                 if question and question["question"] not in found and often[question["answers"][0]] < limit:
                     break
             else:
@@ -208,7 +202,7 @@ def write_jsonl(path: Path, rows: list[dict], fields: tuple[str, ...]):
             file.write(json.dumps({field: row[field] for field in fields}, ensure_ascii=False) + "\n")
 
 
-SIZES = {"train": 2400, "dev": 200, "test": 200}
+SIZES = {"train": 2100, "dev": 200, "test": 200}
 
 
 def make_data(folder: Path = FOLDER, seed: int = 0) -> tuple[World, dict[str, list[dict]]]:
@@ -242,7 +236,7 @@ def names() -> list[str]:
 def template_words() -> list[str]:
     """Every other word of pages, questions and thoughts, as the pre-tokenizer cuts it: with the space before it."""
     texts = [re.sub(r"\{\w+\}", "", text) for text in SHIP_PAGES + PERSON_PAGES + VILLAGE_PAGES
-             + (BIRTH_QUESTION, PERSON_QUESTION) + THOUGHTS]
+             + (QUESTION, LOOK_UP, ENOUGH)]
     texts += [f"user assistant of the ship {word} " for word in SHIP_RELATIONS + PERSON_RELATIONS]
     texts += [" " + word for word in TRADES + GOODS]
     return list(dict.fromkeys(word for text in texts for word in re.findall(r"'s| ?[A-Za-z]+", text)))
@@ -323,211 +317,150 @@ def check_tokenizer(tokenizer):
 # The warm start: a good reader and a poor searcher
 #
 # Scripted searchers, in worlds drawn afresh so that no fact of the committed one is ever seen, write trajectories with
-# igpo.py's own tokens, and the policy is trained on three things at once (each its own mean, then summed):
-#   searcher   the policy's own text of a poor searcher's trajectory, its random queries included
+# igpo.py's own tokens. A turn says what it looks up, in the words of a page: "I look up the captain Mara Veldric." Two
+# things are learned at once, each with a mean of its own, summed:
+#   searcher   the policy's own text of a poor searcher's trajectory, its bad choices included
 #   reader     the gold answer under igpo.py's probe at *every* boundary, on poor trajectories (so the reader meets wrong
 #              pages as often as the searcher errs, and is calibrated on them) and on ones that follow the chain
-#   pages      the text of prompts and pages, with a small weight: it makes copying and matching come much sooner
 
-RIGHT_FIRST, RIGHT_NEXT = 0.5, 0.35        # how often the poor searcher asks for the next page of the chain
-STOP, STOP_DONE = 0.2, 0.35                # how often it answers after a search, before and after it has read the whole chain
+RIGHT_FIRST, RIGHT_NEXT = 0.6, 0.35        # how often the poor searcher looks up the next entity of the chain: the ship, a person
+HABIT = 0.75                               # else: the person named first on the page this often, anyone on it otherwise
+STOP, STOP_DONE = 0.15, 0.45               # how often it answers after a search, before and after it has read the whole chain
 MAX_TURNS = 6
 
 
-def scripted_rollout(tokenizer, world, search, question: dict, rng: random.Random, gold_path: bool, max_turns: int = MAX_TURNS):
+def next_lookup(world, question: dict, read: list[str], rng: random.Random, gold_path: bool) -> tuple[str, str]:
+    """(relation, name) that a searcher looks up next, having read these pages."""
+    chain, relations = question["chain"], ["ship"] + question["relations"]        # relations[i] leads to chain[i]
+    at = next((i for i, title in enumerate(chain) if title not in read), len(chain))
+    here = world.facts.get(read[-1], {}) if read else {}
+    # What it sees is the page before it; the ship of the question and its crew have words of their own and can be gone back to.
+    if at < len(chain) and (at < 2 or chain[at] in here.values()) and (gold_path or rng.random() < (RIGHT_NEXT if at else RIGHT_FIRST)):
+        return relations[at], chain[at]
+    text = world.page_of[read[-1]]["text"] if here else ""
+    persons = sorted((r for r in here if r in SHIP_RELATIONS + PERSON_RELATIONS), key=lambda r: text.index(f"the {r} "))
+    if not persons:
+        return "ship", chain[0].split()[1]                                        # half of the name: finds another ship
+    relation = persons[0] if rng.random() < HABIT else rng.choice(persons)
+    return relation, here[relation]
+
+
+def scripted_rollout(tokenizer, world, search, question: dict, rng: random.Random, gold_path: bool):
     """A trajectory as igpo.rollout would have written it, by a searcher that follows the chain or by a poor one."""
     import igpo
 
     prompt = igpo.encode_prompt(tokenizer, question["question"])
     r = igpo.Rollout(list(prompt), [0] * len(prompt), [-1] * len(prompt), [len(prompt)])
-    chain, read = question["chain"], []
-    known = [chain[0]]                                     # entities the searcher has met: the question's, then those of each page read
-    for turn in range(max_turns):
-        done = all(title in read for title in chain)
+    read = []
+    for turn in range(MAX_TURNS):
+        done = set(question["chain"]) <= set(read)
         stop = done if gold_path else turn > 0 and rng.random() < (STOP_DONE if done else STOP)
-        if stop or turn == max_turns - 1:
-            answer = f"\n{THOUGHTS[1]}\n</think>\n<answer>\n{question['answers'][0]}\n</answer>"
-            r.write(igpo.encode(tokenizer, answer), True, turn)
+        if stop or turn == MAX_TURNS - 1:
+            r.write(igpo.encode(tokenizer, f"\n{ENOUGH}\n</think>\n<answer>\n{question['answers'][0]}\n</answer>"), True, turn)
             r.answer, r.stop = question["answers"][0], "answer"
             return r
-        target = next((title for title in chain if title not in read), None)
-        if target in known and (gold_path or rng.random() < (RIGHT_NEXT if read else RIGHT_FIRST)):
-            query = target
-        elif not read or rng.random() < 0.1:               # a word or two of the question
-            query = " ".join(rng.sample(question["relations"][:-1] + ["ship", "village"], rng.choice((1, 2))))
-        else:
-            query = rng.choice(known[-8:])
-        r.write(igpo.encode(tokenizer, f"\n{THOUGHTS[0]}\n</think>\n<search> {query} </search>"), True, turn)
-        found = search.search(query, 1)
-        r.queries.append(query)
+        relation, name = next_lookup(world, question, read, rng, gold_path)
+        r.write(look_up(tokenizer, relation, name), True, turn)
+        found = search.search(name, 1)
+        r.queries.append(name)
         r.retrieved.append(list(found))
         r.write(igpo.encode_information(tokenizer, found, None, 100), False, turn)
         r.boundaries.append(len(r.ids))
-        for passage in found:
-            read.append(passage.title)
-            known += [passage.title, *world.facts.get(passage.title, {}).values()]
+        read += [passage.title for passage in found]
     raise AssertionError("unreachable")
 
 
-def training_row(tokenizer, rollout, gold: str, learn_searching: bool, learn_pages: bool) -> tuple[dict, list[int]]:
-    """(row for igpo.token_logps, kind of each target: 0 searcher, 1 reader, 2 page)."""
+SEARCHER, READER = range(2)
+
+
+def training_row(tokenizer, rollout, gold: str, learn_searching: bool) -> tuple[dict, list[int]]:
+    """(row for igpo.token_logps, kind of each of its targets)."""
     import igpo
 
     schema = igpo.encode(tokenizer, igpo.SCHEMA)
     probe = schema + igpo.encode_gold(tokenizer, gold)
     row = igpo.one_pass(rollout, [probe] * len(rollout.boundaries), len(schema))
-    written = set(row["targets"])
-    kinds = [0 if j < len(rollout.ids) else 1 for j in row["targets"]]
-    pages = [j for j in range(1, len(rollout.ids)) if j not in written]
-    if learn_pages:
-        row["targets"], kinds = row["targets"] + pages, kinds + [2] * len(pages)
-    if not learn_searching:
-        # The gold path teaches to read, not where to go; what it answers is the reader's business already.
-        chosen = [(j, kind) for j, kind in zip(row["targets"], kinds) if kind]
-        row["targets"], kinds = [j for j, _ in chosen], [kind for _, kind in chosen]
-    return row, kinds
+    if not learn_searching:          # the gold path teaches to read, not where to go
+        row["targets"] = [j for j in row["targets"] if j >= len(rollout.ids)]
+    return row, [SEARCHER if j < len(rollout.ids) else READER for j in row["targets"]]
 
 
-def walks(world, titles: list[str]) -> list[tuple[str, list[str], str]]:
-    """Every (start, relations, answer) that can be read off these pages: each page on the way is one of them."""
-    found, open_ends = [], [(title, [], title, {title}) for title in titles]
-    while open_ends:
-        start, relations, at, met = open_ends.pop()
-        for relation, value in world.facts[at].items():
-            if relation != "built" and value not in met:
-                found.append((start, relations + [relation], value))
-                if value in titles:
-                    open_ends.append((start, relations + [relation], value, met | {value}))
-    return found
+def look_up(tokenizer, relation: str, name: str) -> list[int]:
+    """The policy's own tokens of a turn that searches."""
+    import igpo
+    return igpo.encode(tokenizer, f"\n{LOOK_UP.format(relation=relation, name=name)}\n</think>\n<search> {name} </search>")
 
 
-def ask(world, start: str, relations: list[str]) -> str:
-    """The question for a walk."""
-    ship = "captain" in world.facts[start]
-    named = relations[:-1] if relations[-1] == "born" else relations
-    chain = " of the ".join(reversed(named)) + " of " * bool(named) + ("the ship " if ship else "") + start
-    form = BIRTH_QUESTION if relations[-1] == "born" else PERSON_QUESTION
-    return form.format(chain=chain) if named else form.replace("the {chain}", start)
-
-
-def lookup_row(tokenizer, world, question: dict, rng: random.Random, pages: int, probes: int = 12) -> tuple[dict, list[int]]:
-    """Pages as search results, and beside them a dozen questions that they answer, of one hop and more, each a probe of its own."""
+def last_page(tokenizer, world, question: dict):
+    """The gold path's last search alone, as if the pages before it were known: to read one page comes before all else."""
     import igpo
     from search_tool import Passage
 
-    chain = question["chain"]
-    titles = [rng.choice(chain)] if pages == 1 else chain[:pages]
-    strangers = [value for title in titles for relation, value in world.facts[title].items() if value in world.facts and value not in chain]
-    while len(titles) < pages:
-        titles = titles + [rng.choice(strangers)]
-    titles = list(dict.fromkeys(titles))
-    if rng.random() < 0.5:
-        rng.shuffle(titles)
-    ids = igpo.encode(tokenizer, "\n<think>")
-    for title in titles:
-        ids = ids + igpo.encode_information(tokenizer, [Passage(**world.page_of[title])], None, 100)
-    found = walks(world, titles)
-    by_length = collections.defaultdict(list)
-    for walk in found:
-        by_length[len(walk[1])].append(walk)
-    chosen = [rng.choice(by_length[rng.choice(list(by_length))]) for _ in range(probes)]
-    texts, answers = [], []
-    for start, relations, value in chosen:
-        answer = igpo.encode(tokenizer, value)
-        texts.append(igpo.encode(tokenizer, f" {ask(world, start, relations)}\n<answer>\n") + answer)
-        answers.append(len(answer))
-    r = igpo.Rollout(ids, [0] * len(ids), [0] * len(ids), [len(ids)] * probes)
-    row = igpo.one_pass(r, texts, 0)
-    at, row["targets"] = len(ids), []
-    for text, n in zip(texts, answers):
-        row["targets"] += range(at + len(text) - n, at + len(text))
-        at += len(text)
-    return row, [1] * len(row["targets"])
+    prompt, page = igpo.encode_prompt(tokenizer, question["question"]), Passage(**world.page_of[question["chain"][-1]])
+    r = igpo.Rollout(list(prompt), [0] * len(prompt), [-1] * len(prompt), [], retrieved=[[page]])
+    r.write(look_up(tokenizer, question["relations"][-2], page.title) + igpo.encode_information(tokenizer, [page], None, 100), False, 0)
+    r.boundaries.append(len(r.ids))
+    return r
 
 
-@dataclass
-class Stage:
-    """A part of the warm start. Each begins with a new optimizer and with worlds of its own, from first_world on."""
-    first_world: int
-    steps: int
-    horizon: int                    # the learning rate falls linearly and would reach 0 here
-    lookups: float                  # share of rows that are lookups; the rest are trajectories
-    pages: tuple[tuple[int, tuple], ...]  # (until step, numbers of pages in a lookup)
-    short: int = 0                  # until this step: only 2-hop questions, at most 2 searches, and page text is learned as well
+STEPS, ROWS, LEARNING_RATE = 2000, 32, 2e-3
+# Until this step: share of rows that are last pages, share that follow the chain; the others are a poor searcher's.
+MIXTURE = ((400, 1.0, 0.0), (1000, 0.25, 0.375), (STEPS, 0.0625, 0.25))
 
 
-# NOT FINISHED: what comes out reads a chain that it is shown, but does not copy the ship of the question into its first
-# search (right in 0 of 793, diagnostics.json), so it finds nothing, and is too sure of itself on wrong pages.
-# Copying the word after a relation comes first, on one page; then telling pages apart and following a chain; then the episode.
-# In any other order that was tried (the episode alone, three pages from the start) the reader stayed at guessing a name that it had seen.
-STAGES = (
-    Stage(1, steps=500, horizon=3000, lookups=1.0, pages=((10**9, (1,)),)),
-    Stage(500, steps=500, horizon=3000, lookups=1.0, pages=((300, (2,)), (10**9, (2, 3, 4)))),
-    Stage(1000, steps=500, horizon=1300, lookups=0.25, pages=((10**9, (2, 3, 4)),), short=200),
-    Stage(2000, steps=520, horizon=520, lookups=0.25, pages=((10**9, (2, 3, 4)),)),
-)
-
-
-def make_policy(folder: Path, tokenizer, rows_per_step: int = 32, lr: float = 2e-3, hidden: int = 128, layers: int = 4):
+def make_policy(folder: Path, tokenizer, hidden: int = 128, layers: int = 4):
     """Train the policy from nothing (about half an hour on two cores) and save it as an ordinary Hugging Face model folder."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    import igpo
+    from search_tool import BM25, Passage
+
     torch.manual_seed(0)
+    rng = random.Random("warm start")
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
         num_key_value_heads=hidden // 32, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.04,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    with torch.no_grad():   # a name begins with one vector for its two tokens, so that a copy from a page fits an answer, which has no space before it
+        vectors = model.get_input_embeddings().weight
+        for name in names():
+            vectors[tokenizer.encode(" " + name)] = vectors[tokenizer.encode(name)]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    for stage in STAGES:
-        train_stage(model, tokenizer, stage, rows_per_step, lr)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-def train_stage(model, tokenizer, stage: Stage, rows_per_step: int, lr: float):
-    import torch
-
-    import igpo
-    from search_tool import BM25, Passage
-
-    rng = random.Random("warm start")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, max(0.02, 1 - i / stage.horizon)))
-    start, means = time.time(), [0.0] * 3
-    for step in range(stage.steps):
-        short = step < stage.short
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, max(0.02, 1 - i / STEPS)))
+    start, means = time.time(), torch.zeros(2)
+    for step in range(STEPS):
         if step % 10 == 0:
-            world = World(stage.first_world + step // 10)
+            world = World(1 + step // 10)
             search = BM25([Passage(**page) for page in world.pages])
-            questions = world.questions("all", (30 if short else 10) * rows_per_step)
-            if short:
-                questions = [q for q in questions if q["hops"] == 2]
-        examples = []
-        for i in range(rows_per_step):
-            question = questions[step % 10 * rows_per_step + i]
-            if i < stage.lookups * rows_per_step:
-                pages = next(numbers for until, numbers in stage.pages if step < until)
-                examples.append(lookup_row(tokenizer, world, question, rng, rng.choice(pages)))
-            else:
-                gold_path = i % 3 == 0
-                trajectory = scripted_rollout(tokenizer, world, search, question, rng, gold_path, 3 if short else MAX_TURNS)
-                examples.append(training_row(tokenizer, trajectory, question["answers"][0], not gold_path, short))
-        rows, kinds = [row for row, _ in examples], [torch.tensor(kind) for _, kind in examples]
-        counts = torch.stack([(torch.cat(kinds) == kind).sum() for kind in range(3)]).clamp(min=1)
+            questions = world.questions("all", 10 * ROWS)
+        _, alone, on_chain = next(part for part in MIXTURE if step < part[0])
+        rows, kinds = [], []
+        for i in range(ROWS):
+            question = questions[step % 10 * ROWS + i]
+            poor = i >= (alone + on_chain) * ROWS
+            rollout = last_page(tokenizer, world, question) if i < alone * ROWS else scripted_rollout(tokenizer, world, search, question, rng, not poor)
+            row, kind = training_row(tokenizer, rollout, question["answers"][0], poor)
+            rows.append(row)
+            kinds.append(torch.tensor(kind))
+        counts = torch.bincount(torch.cat(kinds), minlength=2).clamp(min=1)
         for batch in igpo.by_tokens([len(row["ids"]) for row in rows], 4096):
             scores = torch.cat(igpo.token_logps(model, [rows[i] for i in batch], 1.0))
             kind = torch.cat([kinds[i] for i in batch])
-            losses = torch.stack([-scores[kind == k].sum() for k in range(3)]) / counts
+            losses = torch.stack([-scores[kind == k].sum() for k in range(2)]) / counts
             losses.sum().backward()
-            means = [m + loss / 50 for m, loss in zip(means, losses.tolist())]
+            means += losses.detach() / 50
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         if (step + 1) % 50 == 0:
-            print(f"step {step + 1:5}  searcher {means[0]:.3f}  reader {means[1]:.3f}  pages {means[2]:.3f}  {(time.time() - start) / (step + 1):.2f} s a step", flush=True)
-            means = [0.0] * 3
+            print(f"step {step + 1:5}  searcher {means[SEARCHER]:.3f}  reader {means[READER]:.3f}  {(time.time() - start) / (step + 1):.2f} s a step", flush=True)
+            means.zero_()
+        if (step + 1) % 200 == 0:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -667,8 +600,6 @@ def check_data(world: World, splits: dict[str, list[dict]], tokenizer) -> dict:
         "answer of the first person's province, by hops": {
             hops: round(statistics.mean(hits), 3) for hops, hits in sorted(near.items())},
         "different answers in train": len(set(answers["train"])),
-        "share asking for a village": round(
-            statistics.mean(row["relations"][-1] == "born" for row in splits["train"]), 3),
         "BM25 finds a page by its full title": {
             kind: round(statistics.mean(hits), 3) for kind, hits in sorted(kinds.items())},
         "BM25 finds the ship by the whole question": round(statistics.mean(

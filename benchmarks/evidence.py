@@ -1,0 +1,222 @@
+"""Does information gain help, when, and against whom?  Every setting below over several seeds, on the demo world.
+
+    python benchmarks/evidence.py                     # all of it: hours; stop and start it at will, finished runs are kept
+    python benchmarks/evidence.py --only main         # the credits against each other
+    python benchmarks/evidence.py --only ablation     # the parts of IGPO
+    python benchmarks/evidence.py --tables            # CSVs, figure and tables from the runs that are there
+
+Two regimes, from the same warm start: *dense*, 2-hop questions, which the warm start now and then answers; *sparse*, 4-hop
+questions, where the outcomes of most groups agree. All settings of a regime share questions, rollouts per question, updates
+and the seeds' data order. dev and test questions are of ships that no training question names.
+
+Writes evidence_curves.csv (a row per evaluation), evidence_final.csv (a row per run), evidence.md and ../docs/evidence.png.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import random
+import statistics
+import sys
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "demo")]
+
+HOPS = {"dense": 2, "sparse": 4}
+MAIN = {
+    "igpo": {},
+    "grpo": {"credit": "grpo"},
+    "igpo v2 (paper)": {"gain": "logprob", "norm": "separate"},
+    "stepsearch": {"credit": "stepsearch"},
+    "reasonrag": {"credit": "reasonrag", "mc_rollouts": 2},
+    "gigpo": {"credit": "gigpo", "gamma": 0.95},
+}
+ABLATION = {
+    "gains only": {"credit": "ig"},
+    "prob, joint (v1)": {"gain": "prob", "norm": "joint"},
+    "prob, separate": {"gain": "prob", "norm": "separate"},
+    "logprob, turn": {"gain": "logprob", "norm": "turn"},
+    "logprob, scale": {"gain": "logprob", "norm": "scale"},
+    "prob, scale": {"gain": "prob", "norm": "scale"},
+    "reference's belief": {"belief": "reference"},
+    "gamma 0.9": {"gamma": 0.9},
+    "gamma 0.5": {"gamma": 0.5},
+    "curriculum": {"curriculum": True},
+}
+COMMON = dict(steps=40, questions=8, group=8, eval_every=5, eval_questions=120, save_every=40, show_every=0)
+
+
+def write_questions(folder: Path) -> None:
+    """Questions of one hop count each. The committed training questions; dev and test anew, 80 of a kind."""
+    import igpo
+    import make
+    world = make.World(0)
+    for regime, hops in HOPS.items():
+        train = [q for q in igpo.load_questions(str(make.FOLDER / "train.jsonl")) if q["hops"] == hops]
+        make.write_jsonl(folder / f"{regime}-train.jsonl", train, ("id", "question", "answers", "supporting", "hops"))
+        for split in ("dev", "test"):
+            some = [q for q in world.questions(split, 240, seed=1) if q["hops"] == hops]
+            make.write_jsonl(folder / f"{regime}-{split}.jsonl", some, ("id", "question", "answers", "supporting", "hops"))
+
+
+def run(job: tuple[str, str, dict, int, str, int]) -> str:
+    """One run in a process of its own, and its F1 on the test questions. Goes on where it was stopped."""
+    regime, setting, options, seed, folder, steps = job
+    import torch
+    import igpo
+    torch.set_num_threads(1)
+    out = Path(folder) / f"{regime}-{''.join(c if c.isalnum() else '_' for c in setting)}-seed{seed}"
+    if (out / "final.json").is_file():
+        return f"{out.name}: done before"
+    cfg = igpo.Config(**{**igpo.DEMO, **COMMON, **options, "steps": steps, "save_every": steps, "seed": seed, "out": str(out),
+                         "train": f"{folder}/{regime}-train.jsonl", "dev": f"{folder}/{regime}-dev.jsonl"})
+    if out.exists():
+        import shutil
+        shutil.rmtree(out)
+    with open(os.devnull, "w") as nothing:
+        sys.stdout, sys.stderr, screen = nothing, nothing, (sys.stdout, sys.stderr)
+        try:
+            igpo.train(cfg)
+            model, tokenizer = igpo.load_model(cfg, adapter=str(out))
+        finally:
+            sys.stdout, sys.stderr = screen
+    test = igpo.evaluate(model, tokenizer, igpo.load_questions(f"{folder}/{regime}-test.jsonl"), igpo.open_run_search(cfg), cfg)
+    (out / "final.json").write_text(json.dumps({"regime": regime, "setting": setting, "seed": seed, "test_f1": test["eval_f1"], "test_em": test["eval_em"]}) + "\n")
+    return f"{out.name}: test F1 {test['eval_f1']:.3f}"
+
+
+# ---- what came out ---------------------------------------------------------------------------------------------------
+
+def read(out: Path) -> tuple[dict, list[dict]]:
+    """(numbers of a finished run, its curve)."""
+    final = json.loads((out / "final.json").read_text())
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    steps = rows[1:]
+    tokens, curve = 0, []
+    for row in rows:
+        tokens += row.get("policy_tokens", 0)
+        if "eval_f1" in row:
+            curve.append({"step": row["step"], "policy_tokens": tokens, "dev_f1": row["eval_f1"], "turns": row["eval_turns"]})
+    mean = lambda key, some=steps: statistics.mean(row[key] for row in some)
+    area = sum((b["step"] - a["step"]) * (a["dev_f1"] + b["dev_f1"]) / 2 for a, b in zip(curve, curve[1:])) / curve[-1]["step"]
+    gains = defaultdict(list)             # calibration: what right and wrong searches gained, early and late in the run
+    for line in open(out / "rollouts.jsonl"):
+        r = json.loads(line)
+        part = "early" if r["step"] <= 5 else "late" if r["step"] > len(steps) - 5 else None
+        met = set()
+        for turn in r["turns"]:
+            new = {p["id"] for p in turn["passages"]} - met
+            if part and turn["gain"] is not None:
+                gains[part, bool(new & set(r["supporting"]))].append(turn["gain"])
+            met |= new
+    calibration = {f"gain_{'right' if right else 'wrong'}_{part}": statistics.mean(values) for (part, right), values in gains.items()}
+    return {**final, "dev_f1_start": curve[0]["dev_f1"], "dev_f1": curve[-1]["dev_f1"], "best": max(c["dev_f1"] for c in curve), "area": area,
+            "no_signal_outcome": mean("no_signal_outcome"), "no_signal_igpo": mean("no_signal_igpo"), "seconds": mean("seconds"),
+            "searches": mean("searches"), "generated_tokens": mean("generated_tokens"), "policy_tokens": mean("policy_tokens"),
+            "score_share": mean("seconds_score") / mean("seconds"), "turns_start": steps[0]["turns"], "turns_end": mean("turns", steps[-5:]), **calibration}, curve
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval (Student's t)."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(len(values), float("nan"))
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
+
+
+def tables(folder: Path) -> None:
+    finals, curves = [], []
+    for path in sorted(folder.glob("*/final.json")):
+        final, curve = read(path.parent)
+        finals.append(final)
+        curves += [{"regime": final["regime"], "setting": final["setting"], "seed": final["seed"], **row} for row in curve]
+    if not finals:
+        raise SystemExit(f"{folder}: no finished run in it yet.")
+    columns = list(dict.fromkeys(key for final in finals for key in final))
+    for name, rows, keys in (("final", finals, columns), ("curves", curves, list(curves[0]))):
+        with open(HERE / f"evidence_{name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, keys, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    lines = []
+    for title, settings in (("Credits", MAIN), ("Parts of IGPO", {"igpo": {}, **ABLATION})):
+        for regime, hops in HOPS.items():
+            those = [f for f in finals if f["regime"] == regime and f["setting"] in settings]
+            if not those:
+                continue
+            best = max(statistics.mean(f["best"] for f in those if f["setting"] == s) for s in {f["setting"] for f in those})
+            start = statistics.mean(f["dev_f1_start"] for f in those)
+            lines += [f"\n**{title}, {regime}** ({hops} hops; warm start: dev F1 {start:.3f})\n",
+                      "| setting | seeds | test F1 | dev F1 | area | half of the best (steps, 1,000 tokens) | no signal (outcome -> IGPO) | turns | gain right / wrong, early | s a step | searches | generated |",
+                      "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+            for setting in settings:
+                fs = [f for f in those if f["setting"] == setting]
+                if not fs:
+                    continue
+                m = lambda key: statistics.mean(f[key] for f in fs if key in f)
+                show = lambda key: "{:.3f} ± {:.3f}".format(*interval([f[key] for f in fs]))
+                reached = []
+                for f in fs:
+                    own = [c for c in curves if (c["regime"], c["setting"], c["seed"]) == (regime, setting, f["seed"])]
+                    reached.append(next(((c["step"], c["policy_tokens"] / 1000) for c in own if c["dev_f1"] >= best / 2), None))
+                got = [r for r in reached if r]
+                half = (f"{statistics.mean(s for s, _ in got):.0f}, {statistics.mean(t for _, t in got):.0f}" + (f" ({len(got)} of {len(fs)})" if len(got) < len(fs) else "")) if got else "never"
+                lines.append(f"| {setting} | {len(fs)} | {show('test_f1')} | {show('dev_f1')} | {m('area'):.3f} | {half} | {m('no_signal_outcome'):.0%} -> {m('no_signal_igpo'):.0%} "
+                             f"| {m('turns_start'):.1f} -> {m('turns_end'):.1f} | {m('gain_right_early'):+.2f} / {m('gain_wrong_early'):+.2f} | {m('seconds'):.1f} | {m('searches'):.0f} | {m('generated_tokens'):.0f} |")
+    (HERE / "evidence.md").write_text("Made by `python benchmarks/evidence.py`; ± is a 95 % interval over seeds.\n" + "\n".join(lines) + "\n")
+    print((HERE / "evidence.md").read_text())
+    figure(curves)
+
+
+def figure(curves: list[dict]) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axis, (regime, hops) in zip(axes, HOPS.items()):
+        for setting in MAIN:
+            by_step = defaultdict(list)
+            for c in curves:
+                if c["regime"] == regime and c["setting"] == setting:
+                    by_step[c["step"]].append(c["dev_f1"])
+            if by_step:
+                steps = sorted(by_step)
+                middle = [statistics.mean(by_step[s]) for s in steps]
+                line, = axis.plot(steps, middle, label=setting)
+                axis.fill_between(steps, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps], color=line.get_color(), alpha=0.12)
+        axis.set(title=f"{regime}: {hops} hops", xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("dev F1 (greedy)")
+    axes[0].legend(frameon=False)
+    fig.suptitle("Mean over seeds; the band is from the worst seed to the best", fontsize=10)
+    fig.tight_layout()
+    (HERE.parent / "docs").mkdir(exist_ok=True)
+    fig.savefig(HERE.parent / "docs" / "evidence.png", dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("main", "ablation"), help="this part alone")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=COMMON["steps"])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
+    parser.add_argument("--folder", type=Path, default=HERE.parent / "runs" / "evidence")
+    parser.add_argument("--tables", action="store_true", help="no runs: only read those that are there")
+    args = parser.parse_args()
+    if not args.tables:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        args.folder.mkdir(parents=True, exist_ok=True)
+        write_questions(args.folder)
+        settings = {**(MAIN if args.only != "ablation" else {}), **(ABLATION if args.only != "main" else {})}
+        jobs = [(regime, setting, options, seed, str(args.folder), args.steps)
+                for seed in range(args.seeds) for setting, options in settings.items() for regime in HOPS]
+        with ProcessPoolExecutor(args.jobs) as pool:
+            for i, line in enumerate(pool.map(run, jobs), 1):
+                print(f"{i}/{len(jobs)}  {line}", flush=True)
+    tables(args.folder)
+
+
+if __name__ == "__main__":
+    main()
