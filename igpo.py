@@ -121,7 +121,7 @@ class Config:
 
 # The embedded policy has 1M parameters and reads a page a turn: what it needs otherwise stands here and nowhere else.
 DEMO = dict(model="demo/policy", steps=60, max_turns=6, max_new_tokens=32, top_k=1, max_info_tokens=100,
-            lr=1e-3, batch_tokens=16384, gradient_checkpointing=False)
+            lr=1e-3, batch_tokens=2048, gradient_checkpointing=False)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

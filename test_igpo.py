@@ -689,6 +689,50 @@ def test_a_tokenizer_without_template_or_pad(demo):
     assert bare.convert_tokens_to_ids("<|im_end|>") not in igpo.encode_prompt(bare, "Who <|im_end|> founded Tavo?")
 
 
+# ---- the demo: a good reader and a poor searcher ---------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def make():
+    sys.path.insert(0, str(HERE / "demo"))
+    import make
+    yield make
+    sys.path.remove(str(HERE / "demo"))
+
+
+def test_demo_files_are_what_the_script_makes(make, tmp_path):
+    world, splits = make.make_data(tmp_path)
+    for name in ("corpus", "train", "dev", "test"):
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (HERE / f"demo/{name}.jsonl").read_bytes(), f"python demo/make.py --only data, and commit {name}.jsonl"
+    facts = make.check_data(world, splits, make.make_tokenizer())         # raises where a promise is broken
+    assert facts["pages"] == 1500 and sum(facts["questions"]["train"].values()) >= 2000 and max(facts["share of the most common answer"].values()) <= 0.01
+    assert sum(f.stat().st_size for f in (HERE / "demo/policy").iterdir()) < 6e6
+
+
+def test_demo_diagnostics_say_good_reader_poor_searcher():
+    d = json.loads((HERE / "demo/diagnostics.json").read_text())
+    for hops, path in d["gold_path"].items():
+        assert all(b > a for a, b in zip(path, path[1:])) and path[-1] - path[0] > 1.5, (hops, path)       # rises hop by hop
+    for hops, path in d["wrong_path"].items():
+        assert path[0] - 1 < path[-1] < path[0] + 0.2, (hops, path)                                        # neither sure of a wrong page nor shattered by it
+    for turn, g in d["gains"].items():
+        if g["searches"] >= 30:                                                                            # calibrated: a belief cannot fall on average
+            assert g["prob"] >= 0 and g["prob_right"] > g["prob_wrong"] and g["logprob_right"] > g["logprob_wrong"] + 0.1, (turn, g)
+    assert d["guess"]["em_at_once"] <= 0.02 and d["guess"]["most_common_answer"] <= 0.01
+    assert 0.02 < d["f1"]["all"]["greedy"] < 0.25 and d["f1"]["2"]["sampled"] > d["f1"]["4"]["sampled"]
+
+
+def test_demo_policy_is_the_one_that_was_diagnosed(make, demo):
+    """The figures for the gold path of 2-hop questions, measured again on the committed weights without an adapter."""
+    model, tokenizer, search, _, cfg = demo
+    world = make.World(0)
+    questions = [q for q in world.questions("dev", make.SIZES["dev"]) if q["hops"] == 2]
+    rollouts = [make.scripted_rollout(tokenizer, world, search, q, random.Random(0), True) for q in questions]
+    with igpo.reference(model):
+        _, beliefs = score(model, tokenizer, rollouts, [q["answers"] for q in questions], cfg)
+    known = json.loads((HERE / "demo/diagnostics.json").read_text())["gold_path"]["2"]
+    assert [np.mean([b[t] for b in beliefs if len(b) > t]) for t in range(3)] == pytest.approx(known, abs=0.02)
+
+
 # ---- the README cannot rot -------------------------------------------------------------------------------------------
 
 def test_readme_names_what_exists():

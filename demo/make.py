@@ -18,9 +18,9 @@ the words of ships' names by about eighteen ships each: a sloppy query finds som
 
 The questions.  A chain ship -> person -> .. -> last fact, as many hops as pages must be read:
 
-    2   In which village was the captain of the ship Ardent Heron born?
-    3   In which village was the teacher of the captain of the ship Ardent Heron born?
-    4   In which village was the patron of the teacher of the captain of the ship Ardent Heron born?
+    2   For the ship Ardent Heron: in which village was the ship's captain born?
+    3   For the ship Ardent Heron: in which village was the ship's captain's teacher born?
+    4   For the ship Ardent Heron: in which village was the ship's captain's teacher's patron born?
 
 No ship of a dev or test question occurs in a train question, so no dev or test chain does.
 
@@ -92,8 +92,8 @@ VILLAGE_PAGES = (
     "The village {title} trades {goods} with {near}. "
     "It is one of the older places in the province of {province}, and the {trade} {person} keeps a house by the river.",
 )
-QUESTION = "In which village was the {chain} of the ship {ship} born?"
-LOOK_UP = "I look up the {relation} {name}."
+QUESTION = "For the ship {ship}: in which village was the ship's {chain} born?"
+LOOK_UP = "I look up the {what} {name}."        # the ship Ardent Heron; the ship's captain Mara Veldric
 ENOUGH = "Now there's enough information to answer."
 
 
@@ -169,7 +169,7 @@ class World:
         if len(set(walk)) < len(walk):
             return None
         return {
-            "question": QUESTION.format(chain=" of the ".join(reversed(relations)), ship=ship), "answers": [self.facts[walk[-1]]["born"]],
+            "question": QUESTION.format(chain="'s ".join(relations), ship=ship), "answers": [self.facts[walk[-1]]["born"]],
             "supporting": [self.page_of[title]["id"] for title in walk], "hops": hops,
             "chain": walk, "relations": relations + ["born"],
         }
@@ -237,7 +237,7 @@ def template_words() -> list[str]:
     """Every other word of pages, questions and thoughts, as the pre-tokenizer cuts it: with the space before it."""
     texts = [re.sub(r"\{\w+\}", "", text) for text in SHIP_PAGES + PERSON_PAGES + VILLAGE_PAGES
              + (QUESTION, LOOK_UP, ENOUGH)]
-    texts += [f"user assistant of the ship {word} " for word in SHIP_RELATIONS + PERSON_RELATIONS]
+    texts += [f"user assistant ship {word} " for word in SHIP_RELATIONS + PERSON_RELATIONS]
     texts += [" " + word for word in TRADES + GOODS]
     return list(dict.fromkeys(word for text in texts for word in re.findall(r"'s| ?[A-Za-z]+", text)))
 
@@ -317,32 +317,39 @@ def check_tokenizer(tokenizer):
 # The warm start: a good reader and a poor searcher
 #
 # Scripted searchers, in worlds drawn afresh so that no fact of the committed one is ever seen, write trajectories with
-# igpo.py's own tokens. A turn says what it looks up, in the words of a page: "I look up the captain Mara Veldric." Two
-# things are learned at once, each with a mean of its own, summed:
+# igpo.py's own tokens. A turn says what it looks up, in the words of question and page: "I look up the ship's captain Mara
+# Veldric." Two things are learned at once, each with a mean of its own, summed:
 #   searcher   the policy's own text of a poor searcher's trajectory, its bad choices included
 #   reader     the gold answer under igpo.py's probe at *every* boundary, on poor trajectories (so the reader meets wrong
 #              pages as often as the searcher errs, and is calibrated on them) and on ones that follow the chain
 
-RIGHT_FIRST, RIGHT_NEXT = 0.6, 0.35        # how often the poor searcher looks up the next entity of the chain: the ship, a person
+RIGHT_FIRST, RIGHT_NEXT = 0.7, 0.35        # how often the poor searcher looks up the next entity of the chain: the ship, a person
 HABIT = 0.75                               # else: the person named first on the page this often, anyone on it otherwise
-STOP, STOP_DONE = 0.15, 0.45               # how often it answers after a search, before and after it has read the whole chain
+STOP, STOP_DONE = 0.1, 0.6               # how often it answers after a search, before and after it has read the whole chain
 MAX_TURNS = 6
 
 
-def next_lookup(world, question: dict, read: list[str], rng: random.Random, gold_path: bool) -> tuple[str, str]:
-    """(relation, name) that a searcher looks up next, having read these pages."""
-    chain, relations = question["chain"], ["ship"] + question["relations"]        # relations[i] leads to chain[i]
+def next_lookup(world, question: dict, read: list[str], last: str, rng: random.Random, gold_path: bool) -> tuple[str, str, str]:
+    """(whose, relation, name) that a searcher looks up next, having read these pages, the last as somebody's `last`."""
+    chain, relations = question["chain"], ["", "ship"] + question["relations"]    # relations[i + 1] leads to chain[i]
     at = next((i for i, title in enumerate(chain) if title not in read), len(chain))
     here = world.facts.get(read[-1], {}) if read else {}
     # What it sees is the page before it; the ship of the question and its crew have words of their own and can be gone back to.
     if at < len(chain) and (at < 2 or chain[at] in here.values()) and (gold_path or rng.random() < (RIGHT_NEXT if at else RIGHT_FIRST)):
-        return relations[at], chain[at]
+        return relations[at], relations[at + 1], chain[at]
     text = world.page_of[read[-1]]["text"] if here else ""
     persons = sorted((r for r in here if r in SHIP_RELATIONS + PERSON_RELATIONS), key=lambda r: text.index(f"the {r} "))
     if not persons:
-        return "ship", chain[0].split()[1]                                        # half of the name: finds another ship
+        return "", "ship", chain[0].split()[1]                                    # half of the name: finds another ship
     relation = persons[0] if rng.random() < HABIT else rng.choice(persons)
-    return relation, here[relation]
+    return last, relation, here[relation]
+
+
+def look_up(tokenizer, whose: str, relation: str, name: str) -> list[int]:
+    """The policy's own tokens of a turn that searches."""
+    import igpo
+    thought = LOOK_UP.format(what=f"{whose}'s {relation}" if whose else relation, name=name)
+    return igpo.encode(tokenizer, f"\n{thought}\n</think>\n<search> {name} </search>")
 
 
 def scripted_rollout(tokenizer, world, search, question: dict, rng: random.Random, gold_path: bool):
@@ -351,7 +358,7 @@ def scripted_rollout(tokenizer, world, search, question: dict, rng: random.Rando
 
     prompt = igpo.encode_prompt(tokenizer, question["question"])
     r = igpo.Rollout(list(prompt), [0] * len(prompt), [-1] * len(prompt), [len(prompt)])
-    read = []
+    read, relation = [], ""
     for turn in range(MAX_TURNS):
         done = set(question["chain"]) <= set(read)
         stop = done if gold_path else turn > 0 and rng.random() < (STOP_DONE if done else STOP)
@@ -359,8 +366,8 @@ def scripted_rollout(tokenizer, world, search, question: dict, rng: random.Rando
             r.write(igpo.encode(tokenizer, f"\n{ENOUGH}\n</think>\n<answer>\n{question['answers'][0]}\n</answer>"), True, turn)
             r.answer, r.stop = question["answers"][0], "answer"
             return r
-        relation, name = next_lookup(world, question, read, rng, gold_path)
-        r.write(look_up(tokenizer, relation, name), True, turn)
+        whose, relation, name = next_lookup(world, question, read, relation, rng, gold_path)
+        r.write(look_up(tokenizer, whose, relation, name), True, turn)
         found = search.search(name, 1)
         r.queries.append(name)
         r.retrieved.append(list(found))
@@ -370,7 +377,7 @@ def scripted_rollout(tokenizer, world, search, question: dict, rng: random.Rando
     raise AssertionError("unreachable")
 
 
-SEARCHER, READER = range(2)
+SEARCHER, READER, PLAN = range(3)
 
 
 def training_row(tokenizer, rollout, gold: str, learn_searching: bool) -> tuple[dict, list[int]]:
@@ -385,12 +392,6 @@ def training_row(tokenizer, rollout, gold: str, learn_searching: bool) -> tuple[
     return row, [SEARCHER if j < len(rollout.ids) else READER for j in row["targets"]]
 
 
-def look_up(tokenizer, relation: str, name: str) -> list[int]:
-    """The policy's own tokens of a turn that searches."""
-    import igpo
-    return igpo.encode(tokenizer, f"\n{LOOK_UP.format(relation=relation, name=name)}\n</think>\n<search> {name} </search>")
-
-
 def last_page(tokenizer, world, question: dict):
     """The gold path's last search alone, as if the pages before it were known: to read one page comes before all else."""
     import igpo
@@ -398,14 +399,30 @@ def last_page(tokenizer, world, question: dict):
 
     prompt, page = igpo.encode_prompt(tokenizer, question["question"]), Passage(**world.page_of[question["chain"][-1]])
     r = igpo.Rollout(list(prompt), [0] * len(prompt), [-1] * len(prompt), [], retrieved=[[page]])
-    r.write(look_up(tokenizer, question["relations"][-2], page.title) + igpo.encode_information(tokenizer, [page], None, 100), False, 0)
+    r.write(look_up(tokenizer, *["ship", *question["relations"]][-3:-1], page.title) + igpo.encode_information(tokenizer, [page], None, 100), False, 0)
     r.boundaries.append(len(r.ids))
     return r
 
 
-STEPS, ROWS, LEARNING_RATE = 2000, 32, 2e-3
-# Until this step: share of rows that are last pages, share that follow the chain; the others are a poor searcher's.
-MIXTURE = ((400, 1.0, 0.0), (1000, 0.25, 0.375), (STEPS, 0.0625, 0.25))
+def plan_row(tokenizer, question: dict) -> dict:
+    """The gold path without its pages; targets are the words for what is looked up, which the question alone decides."""
+    import igpo
+
+    prompt = igpo.encode_prompt(tokenizer, question["question"])
+    r = igpo.Rollout(list(prompt), [0] * len(prompt), [-1] * len(prompt), [])
+    relations = ["", "ship", *question["relations"]]
+    for turn, title in enumerate(question["chain"]):
+        r.write(look_up(tokenizer, relations[turn], relations[turn + 1], title) + igpo.encode_information(tokenizer, [], None, 100), True, turn)
+    row = igpo.one_pass(r, [], 0)
+    words = {tokenizer.encode(" " + word)[0] for word in ("ship", *SHIP_RELATIONS, *PERSON_RELATIONS)}
+    return {**row, "targets": [j for j in row["targets"] if r.ids[j] in words]}
+
+
+STEPS, ROWS, LEARNING_RATE = 1400, 32, 2e-3
+# Until this step: share of rows that are last pages, plans, and rollouts that follow the chain, and whether these teach to search as
+# well; the other rows are a poor searcher's. To read one page and to follow the question's words come first, in short rows: in
+# whole rollouts from the start neither is learned. A reader must know the right next word to tell a wrong page from a right one.
+MIXTURE = ((300, 0.5, 0.5, 0.0, False), (900, 0.125, 0.125, 0.5, True), (STEPS, 0.0, 0.0, 0.25, False))
 
 
 def make_policy(folder: Path, tokenizer, hidden: int = 128, layers: int = 4):
@@ -429,26 +446,32 @@ def make_policy(folder: Path, tokenizer, hidden: int = 128, layers: int = 4):
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, max(0.02, 1 - i / STEPS)))
-    start, means = time.time(), torch.zeros(2)
+    start, means = time.time(), torch.zeros(3)
     for step in range(STEPS):
         if step % 10 == 0:
             world = World(1 + step // 10)
             search = BM25([Passage(**page) for page in world.pages])
             questions = world.questions("all", 10 * ROWS)
-        _, alone, on_chain = next(part for part in MIXTURE if step < part[0])
+        _, alone, plans, on_chain, schooling = next(part for part in MIXTURE if step < part[0])
         rows, kinds = [], []
         for i in range(ROWS):
             question = questions[step % 10 * ROWS + i]
-            poor = i >= (alone + on_chain) * ROWS
-            rollout = last_page(tokenizer, world, question) if i < alone * ROWS else scripted_rollout(tokenizer, world, search, question, rng, not poor)
-            row, kind = training_row(tokenizer, rollout, question["answers"][0], poor)
+            if i < plans * ROWS:
+                row = plan_row(tokenizer, question)
+                kind = [PLAN] * len(row["targets"])
+            elif i < (plans + alone) * ROWS:
+                row, kind = training_row(tokenizer, last_page(tokenizer, world, question), question["answers"][0], False)
+            else:
+                poor = i >= (plans + alone + on_chain) * ROWS
+                rollout = scripted_rollout(tokenizer, world, search, question, rng, not poor)
+                row, kind = training_row(tokenizer, rollout, question["answers"][0], poor or schooling)
             rows.append(row)
             kinds.append(torch.tensor(kind))
-        counts = torch.bincount(torch.cat(kinds), minlength=2).clamp(min=1)
-        for batch in igpo.by_tokens([len(row["ids"]) for row in rows], 4096):
+        counts = torch.bincount(torch.cat(kinds), minlength=3).clamp(min=1)
+        for batch in igpo.by_tokens([len(row["ids"]) for row in rows], 2048):
             scores = torch.cat(igpo.token_logps(model, [rows[i] for i in batch], 1.0))
             kind = torch.cat([kinds[i] for i in batch])
-            losses = torch.stack([-scores[kind == k].sum() for k in range(2)]) / counts
+            losses = torch.stack([-scores[kind == k].sum() for k in range(3)]) / counts
             losses.sum().backward()
             means += losses.detach() / 50
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -456,7 +479,7 @@ def make_policy(folder: Path, tokenizer, hidden: int = 128, layers: int = 4):
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         if (step + 1) % 50 == 0:
-            print(f"step {step + 1:5}  searcher {means[SEARCHER]:.3f}  reader {means[READER]:.3f}  {(time.time() - start) / (step + 1):.2f} s a step", flush=True)
+            print(f"step {step + 1:5}  searcher {means[SEARCHER]:.3f}  reader {means[READER]:.3f}  plans {means[PLAN]:.3f}  {(time.time() - start) / (step + 1):.2f} s a step", flush=True)
             means.zero_()
         if (step + 1) % 200 == 0:
             model.save_pretrained(folder)
