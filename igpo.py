@@ -20,7 +20,7 @@ Where we depart from the paper on purpose (the README compares paper, official c
   2. The belief is that of the first gold alias, cut at 32 tokens; F1 takes the best alias.
   3. LoRA instead of full fine-tuning: the reference policy is the same model with its adapter switched off.
   4. A rollout cut at max_turns, or by a broken format, keeps the gains of the turns before.
-  5. `--norm` has a form that the paper has not, and it is the default: see `turn_rewards`.
+  5. Gains are normalised per turn index (`--norm turn`), not over all turns of the group: see `turn_rewards`.
 
     python igpo.py                                        the embedded demo: offline, on a laptop
     python igpo.py --model Qwen2.5-1.5B-Instruct          the same program on a GPU
@@ -94,7 +94,7 @@ class Config:
                                             "choices": ["igpo", "ig", "grpo", "stepsearch", "reasonrag", "gigpo"]})
     mc_rollouts: int = field(default=4, metadata={"help": "rollouts from each state for its value (--credit reasonrag)"})
     gain: str = field(default="logprob", metadata={"help": "information gain in log-probability (v2) or probability (v1)", "choices": ["logprob", "prob"]})
-    norm: str = field(default="scale", metadata={"help": "Eq. 5: separate (paper v2), joint (paper v1), turn (gains pooled per turn), scale (separate, gains not centred)", "choices": ["separate", "joint", "turn", "scale"]})
+    norm: str = field(default="turn", metadata={"help": "Eq. 5: separate (paper v2), joint (paper v1), turn (gains pooled per turn), scale (separate, gains not centred)", "choices": ["separate", "joint", "turn", "scale"]})
     gamma: float = field(default=1.0, metadata={"help": "discount over turns (Eq. 6)"})
     curriculum: bool = field(default=False, metadata={"help": "outcome weight .5 -> 1 and gain weight 1 -> .5 over training"})
     belief: str = field(default="policy", metadata={"help": "who is asked for the belief: policy, or reference (adapter off)", "choices": ["policy", "reference"]})
@@ -120,8 +120,8 @@ class Config:
 
 
 # The embedded policy has 1M parameters and reads a page a turn: what it needs otherwise stands here and nowhere else.
-DEMO = dict(model="demo/policy", steps=60, max_turns=6, max_new_tokens=32, top_k=1, max_info_tokens=100,
-            lr=1e-3, batch_tokens=2048, gradient_checkpointing=False)
+DEMO = dict(model="demo/policy", steps=40, max_turns=6, max_new_tokens=32, top_k=1, max_info_tokens=100,
+            lr=1e-3, batch_tokens=2048, gradient_checkpointing=False, format_penalty=0.0)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -628,8 +628,9 @@ def turn_rewards(gains: list[list[float]], outcomes: list[float], norm: str = "s
     """Eq. 5 for one group: normalised reward of each turn, the outcome on the last. A gain of 0 is a turn like any other.
 
     separate: gains and outcomes z-normalised in a pool each (paper v2). joint: in one pool (paper v1). turn: gains pooled by
-    turn index (A2TGPO). scale: gains divided by their spread but not centred. Centring charges every search the group's mean
-    gain, so that a policy whose searches help on average earns by stopping early; uncentred gains telescope and never do that.
+    turn index (A2TGPO). scale: gains divided by their spread but not centred. Whatever a search is worth on average also rewards
+    or charges going on: with separate every search pays the group's mean gain, with scale it keeps its own, and a poor searcher's
+    may be negative. With turn, searches compete with those made at the same depth alone, and when to stop is left to the outcome.
 
     Raises ValueError if the group has fewer than 2 rollouts or the lists do not match.
     """
