@@ -463,6 +463,58 @@ def test_forced_tokens_get_no_gradient(demo, played):
     assert touched == {j for j in range(len(r.ids)) if r.mask[j] and r.turns[j] == 1}
 
 
+# ---- other models ----------------------------------------------------------------------------------------------------
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3, max_position_embeddings=1024)
+WITH_HEADS = dict(SHAPE, intermediate_size=64, num_key_value_heads=1, head_dim=16)
+MODELS = {  # model_type: what its config needs to be small and, with these weights, sure of itself
+    "gpt2": dict(n_positions=1024, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3),                  # absolute positions
+    "opt": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, max_position_embeddings=1024, word_embed_proj_dim=32, init_std=0.3),  # the same, from 2
+    "gpt_neox": dict(SHAPE, intermediate_size=64), "llama": WITH_HEADS, "qwen3": WITH_HEADS, "phi3": dict(SHAPE, intermediate_size=64, num_key_value_heads=1),
+    "mistral": dict(WITH_HEADS, sliding_window=300), "gemma3_text": dict(WITH_HEADS, sliding_window=300, layer_types=["sliding_attention", "full_attention"]),
+    "qwen2": dict(SHAPE, intermediate_size=64, num_key_value_heads=1, use_sliding_window=True, sliding_window=300, max_window_layers=1)}
+
+
+def tiny_model(folder, kind, **changes):
+    """A random model of another architecture with the demo's tokenizer, in a folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "demo/policy")
+    torch.manual_seed(0)
+    ids = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.eos_token_id)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ids, **{**MODELS.get(kind, WITH_HEADS), **changes})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_other_models_are_sampled_and_scored_alike(kind, demo, tmp_path, monkeypatch):
+    """Absolute, rotary and partly rotary positions, sliding windows: cached rollouts with ragged turns against reading everything again."""
+    _, _, search, questions, cfg = demo
+    cfg = replace(cfg, model=tiny_model(tmp_path, kind), max_turns=6, max_new_tokens=64, group=2)
+    model, tokenizer = igpo.load_model(cfg)
+    stir(model)
+    lm = igpo.unwrap(model)
+    lm.generation_config.eos_token_id = list(range(0, 1400, 9))            # a random model knows no tags: a ninth of all tokens end a turn,
+    monkeypatch.setattr(igpo, "parse_turn", lambda text: ("search", questions[len(text) % 7]["question"]))      # and every turn searches
+    torch.manual_seed(1)
+    greedy, sampled = (rollout(model, tokenizer, questions[:6], search, replace(cfg, temperature=t)) for t in (0.0, 1.0))
+    for r in greedy:
+        best = lm(torch.tensor([r.ids])).logits[0].argmax(-1).tolist()
+        assert [(j, r.ids[j]) for j, m in enumerate(r.mask) if m] == [(j, best[j - 1]) for j, m in enumerate(r.mask) if m]
+    assert len({b - a for r in sampled for a, b in zip(r.boundaries, r.boundaries[1:])}) > 10
+    if "sliding_window" in MODELS[kind]:                                   # the window is the end of the context: within it nothing slides
+        assert {r.stop for r in sampled} == {"length"} and 200 < max(len(r.ids) for r in sampled) <= 300
+    else:
+        assert {r.stop for r in sampled} == {"turns"} and max(len(r.ids) for r in sampled) > 300
+    check_exact(model, tokenizer, sampled, [["Tavo Velmar"]] * len(sampled), cfg)
+
+
+@pytest.mark.parametrize("kind, changes", [("granite", dict(logits_scaling=3.0)), ("cohere", dict(logit_scale=0.5)), ("gemma3_text", dict(final_logit_softcapping=3.0))])
+def test_models_that_change_their_logits_after_the_head_are_refused(kind, changes, tmp_path):
+    with pytest.raises(UserError, match="scales or caps its logits"):
+        igpo.load_model(Config(model=tiny_model(tmp_path, kind, **changes)))
+
+
 # ---- the command line, runs and resuming -----------------------------------------------------------------------------
 
 SMALL = ["--questions", "2", "--group", "2", "--eval_questions", "4", "--eval_every", "2"]
