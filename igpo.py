@@ -25,6 +25,7 @@ Where we depart from the paper on purpose (the README compares paper, official c
     python igpo.py                                        the embedded demo: offline, on a laptop
     python igpo.py --model Qwen2.5-1.5B-Instruct          the same program on a GPU
     python igpo.py --explain                              Eq. 2-7 on one question, with the numbers that occur
+    python igpo.py --check --model .. --train ..          before a long run: does all that training assumes hold here?
 """
 from __future__ import annotations
 
@@ -1276,6 +1277,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
                             **kind, **{k: v for k, v in f.metadata.items() if k == "choices"})
     parser.add_argument("--overwrite", action="store_true", help="delete the run folder if it exists")
     parser.add_argument("--explain", action="store_true", help="walk through Eq. 2-7 on one question, then stop")
+    parser.add_argument("--check", action="store_true", help="try model, data and search before training: a table of checks, then stop; exit status 1 if one fails")
     parser.add_argument("--glossary", action="store_true", help="explain every metric, then stop")
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
@@ -1319,6 +1321,9 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(f"{key:18} {text}" for key, text in METRICS.items()))
         elif args.explain:
             explain(cfg)
+        elif args.check:
+            from benchmarks.check import check      # here, since it imports this file
+            return check(cfg)
         else:
             out = Path(cfg.resume or cfg.out)
             if not cfg.resume and out.exists():
