@@ -25,6 +25,7 @@ Where we depart from the paper on purpose (the README compares paper, official c
     python igpo.py                                        the embedded demo: offline, on a laptop
     python igpo.py --model Qwen2.5-1.5B-Instruct          the same program on a GPU
     python igpo.py --explain                              Eq. 2-7 on one question, with the numbers that occur
+    python igpo.py --check --model .. --train ..          before a long run: does all that training assumes hold here?
 """
 from __future__ import annotations
 
@@ -309,6 +310,13 @@ def load_model(cfg: Config, adapter: str = ""):
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"--model {cfg.model}: could not load {name} ({first_line(e)}). Offline, give a folder that holds config.json, "
                         "the safetensors and the tokenizer, or a .gguf file.") from None
+    if getattr(lm.config, "sliding_window", None):  # within its window it is full attention: rollouts stay within, and neither cache nor score() slides
+        lm.config.max_position_embeddings, lm.config.sliding_window = min(context_length(lm), lm.config.sliding_window), 10**9
+    with torch.no_grad():
+        pair = torch.tensor([[1, 2]])
+        logits = lm(pair).logits
+        if torch.dist(logits, lm.get_output_embeddings()(lm.base_model(pair)[0])) > 0.01 * logits.norm():
+            raise UserError(f"--model {cfg.model}: it scales or caps its logits after the LM head, which token_logps does not. Take another model.")
     if options and hasattr(lm, "hf_quantizer"):  # the weights are plain floats now; the label would make PEFT think otherwise
         del lm.hf_quantizer, lm.config.quantization_config
     if tokenizer.pad_token_id is None:  # padding is known by length, so any id will do
@@ -324,6 +332,11 @@ def load_model(cfg: Config, adapter: str = ""):
     torch.manual_seed(cfg.seed)
     lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(lm.to(device), lora).eval(), tokenizer
+
+
+def context_length(lm) -> int:
+    """Tokens that the model can read; a large number if it sets no limit."""
+    return getattr(lm.config, "max_position_embeddings", None) or 10**9
 
 
 def first_line(error: Exception) -> str:
@@ -391,7 +404,7 @@ def finish(model, tokenizer, rollouts: list[Rollout], search, cfg: Config) -> li
 def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> None:
     eos = lm.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    context = getattr(lm.config, "max_position_embeddings", None) or 10**9
+    context = context_length(lm)
     # All that the checkpoint's own generation defaults hold (top_k, top_p, repetition_penalty ..) would make the sampled
     # distribution differ from the scored one, so they are replaced as a whole; top_k = 0 because the library's default is 50.
     shape = {"do_sample": True, "temperature": cfg.temperature, "top_k": 0, "top_p": 1.0} if cfg.temperature > 0 else {"do_sample": False}
@@ -1229,7 +1242,7 @@ def open_run_search(cfg: Config):
 
 def check_data(tokenizer, questions: list[dict], model, cfg: Config) -> None:
     """Questions must leave room for a turn; long golds are counted and said."""
-    context = getattr(unwrap(model).config, "max_position_embeddings", None) or 10**9
+    context = context_length(unwrap(model))
     for q in questions:
         length = len(encode_prompt(tokenizer, q["question"])) + cfg.max_new_tokens + MAX_GOLD_TOKENS
         if length > context:
@@ -1265,6 +1278,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
                             **kind, **{k: v for k, v in f.metadata.items() if k == "choices"})
     parser.add_argument("--overwrite", action="store_true", help="delete the run folder if it exists")
     parser.add_argument("--explain", action="store_true", help="walk through Eq. 2-7 on one question, then stop")
+    parser.add_argument("--check", action="store_true", help="try model, data and search before training: a table of checks, then stop; exit status 1 if one fails")
     parser.add_argument("--glossary", action="store_true", help="explain every metric, then stop")
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
@@ -1308,6 +1322,9 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(f"{key:18} {text}" for key, text in METRICS.items()))
         elif args.explain:
             explain(cfg)
+        elif args.check:
+            from benchmarks.check import check      # here, since it imports this file
+            return check(cfg)
         else:
             out = Path(cfg.resume or cfg.out)
             if not cfg.resume and out.exists():

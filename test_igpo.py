@@ -37,6 +37,7 @@ import torch
 import eval as evaluation
 import igpo
 import search_tool
+from benchmarks import check as checking
 from eval import bootstrap, compare, cover_em, load_benchmark, measure, read_benchmark, summarise
 from igpo import (Config, Rollout, UserError, credit, exact_match, f1_score, finish, gigpo_returns, info_gains, outcome_reward,
     parse_turn, policy_loss, rollout, score, stepsearch_rewards, turn_returns, turn_rewards)
@@ -463,6 +464,58 @@ def test_forced_tokens_get_no_gradient(demo, played):
     assert touched == {j for j in range(len(r.ids)) if r.mask[j] and r.turns[j] == 1}
 
 
+# ---- other models ----------------------------------------------------------------------------------------------------
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3, max_position_embeddings=1024)
+WITH_HEADS = dict(SHAPE, intermediate_size=64, num_key_value_heads=1, head_dim=16)
+MODELS = {  # model_type: what its config needs to be small and, with these weights, sure of itself
+    "gpt2": dict(n_positions=1024, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3),                  # absolute positions
+    "opt": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, max_position_embeddings=1024, word_embed_proj_dim=32, init_std=0.3),  # the same, from 2
+    "gpt_neox": dict(SHAPE, intermediate_size=64), "llama": WITH_HEADS, "qwen3": WITH_HEADS, "phi3": dict(SHAPE, intermediate_size=64, num_key_value_heads=1),
+    "mistral": dict(WITH_HEADS, sliding_window=300), "gemma3_text": dict(WITH_HEADS, sliding_window=300, layer_types=["sliding_attention", "full_attention"]),
+    "qwen2": dict(SHAPE, intermediate_size=64, num_key_value_heads=1, use_sliding_window=True, sliding_window=300, max_window_layers=1)}
+
+
+def tiny_model(folder, kind, **changes):
+    """A random model of another architecture with the demo's tokenizer, in a folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "demo/policy")
+    torch.manual_seed(0)
+    ids = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.eos_token_id)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ids, **{**MODELS.get(kind, WITH_HEADS), **changes})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_other_models_are_sampled_and_scored_alike(kind, demo, tmp_path, monkeypatch):
+    """Absolute, rotary and partly rotary positions, sliding windows: cached rollouts with ragged turns against reading everything again."""
+    _, _, search, questions, cfg = demo
+    cfg = replace(cfg, model=tiny_model(tmp_path, kind), max_turns=6, max_new_tokens=64, group=2)
+    model, tokenizer = igpo.load_model(cfg)
+    stir(model)
+    lm = igpo.unwrap(model)
+    lm.generation_config.eos_token_id = list(range(0, 1400, 9))            # a random model knows no tags: a ninth of all tokens end a turn,
+    monkeypatch.setattr(igpo, "parse_turn", lambda text: ("search", questions[len(text) % 7]["question"]))      # and every turn searches
+    torch.manual_seed(1)
+    greedy, sampled = (rollout(model, tokenizer, questions[:6], search, replace(cfg, temperature=t)) for t in (0.0, 1.0))
+    for r in greedy:
+        best = lm(torch.tensor([r.ids])).logits[0].argmax(-1).tolist()
+        assert [(j, r.ids[j]) for j, m in enumerate(r.mask) if m] == [(j, best[j - 1]) for j, m in enumerate(r.mask) if m]
+    assert len({b - a for r in sampled for a, b in zip(r.boundaries, r.boundaries[1:])}) > 10
+    if "sliding_window" in MODELS[kind]:                                   # the window is the end of the context: within it nothing slides
+        assert {r.stop for r in sampled} == {"length"} and 200 < max(len(r.ids) for r in sampled) <= 300
+    else:
+        assert {r.stop for r in sampled} == {"turns"} and max(len(r.ids) for r in sampled) > 300
+    check_exact(model, tokenizer, sampled, [["Tavo Velmar"]] * len(sampled), cfg)
+
+
+@pytest.mark.parametrize("kind, changes", [("granite", dict(logits_scaling=3.0)), ("cohere", dict(logit_scale=0.5)), ("gemma3_text", dict(final_logit_softcapping=3.0))])
+def test_models_that_change_their_logits_after_the_head_are_refused(kind, changes, tmp_path):
+    with pytest.raises(UserError, match="scales or caps its logits"):
+        igpo.load_model(Config(model=tiny_model(tmp_path, kind, **changes)))
+
+
 # ---- the command line, runs and resuming -----------------------------------------------------------------------------
 
 SMALL = ["--questions", "2", "--group", "2", "--eval_questions", "4", "--eval_every", "2"]
@@ -745,6 +798,182 @@ def test_readme_names_what_exists():
         assert set(re.findall(r"`(\w+)`", named)) <= tests and re.findall(r"`(\w+)`", named), row
     for key, meaning in igpo.METRICS.items():
         assert f"| `{key}` | {meaning} |" in text
+
+
+# ---- --check: each thing that can go wrong, broken on purpose --------------------------------------------------------
+
+CHECKED = Config(**igpo.DEMO, questions=2, group=3)
+
+
+def verdicts(cfg=CHECKED, spoil=None):
+    t = checking.Trial(cfg)
+    if spoil:
+        spoil(t)
+    return t, checking.run_checks(t)
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    return {name: status for name, (status, _, _) in verdicts()[1].items()}
+
+
+def test_check_of_the_demo(capsys, monkeypatch):
+    """As a person calls it: a picture, a table, exit status 0; the demo's data and mathematics are in order."""
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    status = igpo.main(["--check", "--questions", "2", "--group", "3"])
+    said = capsys.readouterr().out
+    rows = {line[6:30].strip(): line[:4] for line in said.splitlines() if line[:4] in ("pass", "warn", "fail")}
+    assert list(rows) == list(checking.CHECKS) and status == int("fail" in rows.values())
+    assert {rows[name] for name in rows if name not in ("gold can be found", "format kept", "signal", "context")} == {"pass"}    # those are the policy's
+    assert re.search(r"<think>\[[^\]]*</think>", said) and "\x1b[" not in said                # the prompt outside, the first turn inside brackets
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    igpo.main(["--check", "--questions", "1", "--group", "2"])
+    assert re.search(r"\x1b\[2m<\|im_start\|>[^\x1b]*<think>\x1b\[0m\x1b\[32m", capsys.readouterr().out)
+
+
+def test_check_as_a_program(tmp_path):
+    """igpo.py is __main__ then. A search that never answers fails the check: exit status 1; a model that is not there: 2 and one line."""
+    call = [sys.executable, HERE / "igpo.py", "--check", "--questions", "1", "--group", "2"]
+    dead = subprocess.run([*call, "--train", HERE / "demo/train.jsonl", "--search", "http://127.0.0.1:9/x", "--search_cache", "only"], cwd=tmp_path, capture_output=True, text=True)
+    assert dead.returncode == 1 and re.search(r"fail  searches +0 of \d+ answered.*not in the cache", dead.stdout)
+    none = subprocess.run([*call, "--model", "/no/such/model"], cwd=tmp_path, capture_output=True, text=True)
+    assert none.returncode == 2 and none.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+class Says:
+    """A search that answers each query by answer(query)."""
+    def __init__(self, answer):
+        self.answer = answer
+
+    def search_many(self, queries, k):
+        return [self.answer(query) for query in queries]
+
+
+def searching(answer):
+    return lambda monkeypatch: monkeypatch.setattr(igpo, "open_search", lambda *a, **k: Says(answer))
+
+
+def loading(change):
+    """load_model, and then something done to model or tokenizer."""
+    def spoil(monkeypatch):
+        honest = igpo.load_model
+        monkeypatch.setattr(igpo, "load_model", lambda *a: (lambda pair: (change(*pair), pair)[1])(honest(*a)))
+    return spoil
+
+
+def wrapping(name, wrong):
+    """igpo's function of this name replaced by one that may use it."""
+    return lambda monkeypatch: monkeypatch.setattr(igpo, name, (lambda honest: lambda *a, **k: wrong(honest, *a, **k))(getattr(igpo, name)))
+
+
+def sees_results_as_its_own(monkeypatch):
+    honest = Rollout.write
+    monkeypatch.setattr(Rollout, "write", lambda self, ids, by_policy, turn: honest(self, ids, True, turn))
+
+
+def loss_on_all(honest, model, rollouts, *rest):
+    ids = torch.tensor([rollouts[0].ids])
+    igpo.unwrap(model)(ids, labels=ids).loss.backward()
+    return {"ratio": 1.0}
+
+
+def probe_at_the_end(honest, r, probes, schema):
+    row = honest(r, probes, schema)
+    return {**row, "positions": list(range(len(row["ids"])))}
+
+
+def dropout(model, tokenizer):
+    for layer in igpo.unwrap(model).model.layers:
+        layer.self_attn.attention_dropout = 0.5
+
+
+def more_tokens(model, tokenizer):
+    tokenizer.add_tokens([f"extra{i}" for i in range(9)])
+
+
+def each_answer(text):
+    return wrapping("load_train", lambda honest, spec: [{**q, "answers": [text]} for q in honest(spec)])
+
+
+BREAKS = {  # what is broken: (how, options, {check: status} that must get worse, and nothing else)
+    "a prompt without its think tag": (wrapping("encode_prompt", lambda honest, *a: honest(*a)[:-1]), {}, {"prompt": "fail"}),
+    "a question that is lost": (wrapping("encode_prompt", lambda honest, tokenizer, q: honest(tokenizer, "What?")), {}, {"prompt": "fail"}),
+    "tokens without embeddings": (loading(more_tokens), {}, {"pad and eos": "fail"}),
+    "results taken for the policy's": (sees_results_as_its_own, {}, {"mask": "fail", "drawn as scored": "fail"}),
+    "results shown and not written down": (wrapping("encode_information", lambda honest, tokenizer, found, *rest: honest(tokenizer, [], *rest) + [len(found)] * (random.random() < .5)),
+                                           {}, {"mask": "fail"}),
+    "scoring at another temperature": (wrapping("score", lambda honest, m, t, r, g, cfg: honest(m, t, r, g, replace(cfg, temperature=1.3))), {},
+                                       {"sampled = scored": "fail", "ratio before updates": "fail", "belief in one pass": "fail"}),
+    "score and update at another temperature": (wrapping("token_logps", lambda honest, lm, rows, temperature: honest(lm, rows, 1.3)), {},
+                                                {"sampled = scored": "fail", "belief in one pass": "fail"}),
+    "generation defaults at work": (wrapping("GenerationConfig", lambda honest, **k: honest(**{**k, "top_k": 2})), {}, {"drawn as scored": "fail"}),
+    "dropout in the update": (loading(dropout), {}, {"ratio before updates": "fail"}),
+    "a probe at wrong positions": (wrapping("one_pass", probe_at_the_end), {}, {"belief in one pass": "fail"}),
+    "a loss over all tokens": (wrapping("accumulate_gradient", loss_on_all), {}, {"forced text's gradient": "fail"}),
+    "golds without a word": (each_answer("?!"), {}, {"gold answers": "fail"}),
+    "golds over the cap": (each_answer("word " * 40), {}, {"gold answers": "warn"}),
+    "no room for a turn": (lambda monkeypatch: None, dict(max_new_tokens=3000), {"context": "fail"}),
+    "a search that is down": (searching(lambda query: Results(error="connection refused")), {}, {"searches": "fail"}),
+    "a search that is down now and then": (searching(lambda query: Results(error="refused") if len(query) % 3 == 0 else [Passage("1", "t", "x")]), {}, {"searches": "warn"}),
+    "a search that finds nothing": (searching(lambda query: Results()), {}, {"searches": "fail"}),
+    "more than the machine holds": (lambda monkeypatch: None, dict(batch_tokens=10**9), {"memory": "fail"}),
+    "rollouts that all earn the same": (wrapping("outcome_reward", lambda honest, *a: 0.0), dict(credit="grpo"), {"signal": "fail"}),
+    "out of memory while scoring": (wrapping("score", lambda honest, *a: torch.empty(2**60)), {},
+                                    {name: "fail" for name in ("sampled = scored", "ratio before updates", "belief in one pass", "signal")}),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_check_finds(what, healthy, monkeypatch):
+    spoil, options, expected = BREAKS[what]
+    spoil(monkeypatch)
+    _, rows = verdicts(replace(CHECKED, **options))
+    order = ["pass", "warn", "fail"]
+    policy = {"gold can be found", "format kept", "context", "signal"} - set(expected)           # these follow from what the policy then does
+    worse = {name: status for name, (status, _, _) in rows.items() if order.index(status) > order.index(healthy[name])}
+    assert {name: status for name, status in worse.items() if name not in policy} == expected, rows
+    assert all(rows[name][2] for name in expected)                                                 # and each says how to mend it
+
+
+def test_check_of_a_policy_that_cannot_write_the_format(tmp_path, healthy):
+    _, rows = verdicts(replace(CHECKED, model=tiny_model(tmp_path, "llama")))
+    assert rows["format kept"][0] == rows["signal"][0] == "fail" and "warm-start first" in rows["format kept"][2]
+    assert {rows[name][0] for name in list(rows)[:11]} == {"pass"}                                # tokens and mathematics are in order all the same
+
+
+@pytest.mark.parametrize("text, status", [("The village {} lies there.", "pass"), ("A page on something else.", "warn")])
+def test_check_looks_for_the_gold(text, status, monkeypatch):
+    golds = {q["question"]: q["answers"][0] for q in igpo.load_questions(f"{HERE}/demo/train.jsonl")}
+    searching(lambda query: [Passage("1", "t", text.format(golds.get(query)))])(monkeypatch)
+    rows = verdicts()[1]
+    assert rows["gold can be found"][0] == status and rows["gold can be found"][1].startswith("the gold stands in what the question itself brings for " + ("100%" if status == "pass" else "0%"))
+
+
+def test_check_of_tags_in_pieces():
+    """Bytes: each tag is 9 tokens, and found. Words put together with spaces: no tag ever comes back."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    in_bytes = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    in_bytes.pre_tokenizer, in_bytes.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    in_words = Tokenizer(models.WordLevel({w: i for i, w in enumerate("I need more . < > </ think search answer Tavo ?".split())}, unk_token="?"))
+    in_words.pre_tokenizer = pre_tokenizers.Whitespace()
+    for tokenizer, status in ((in_bytes, "pass"), (in_words, "fail")):
+        t = type("T", (), {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=tokenizer)})
+        assert checking.stop_tags(t)[0] == status
+    assert "'<' '/' 's' 'e' 'a' 'r' 'c' 'h' '>'" in checking.stop_tags(type("T", (), {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=in_bytes)}))[1]
+
+
+def test_check_names_generation_defaults_and_a_pad_that_is_eos(monkeypatch, healthy):
+    from transformers import GenerationConfig
+
+    def change(model, tokenizer):
+        igpo.unwrap(model).generation_config = GenerationConfig(do_sample=True, top_k=20, top_p=0.8, repetition_penalty=1.05, eos_token_id=[tokenizer.eos_token_id])
+        tokenizer.pad_token = tokenizer.eos_token
+    loading(change)(monkeypatch)
+    rows = verdicts()[1]
+    assert all(part in rows["generation defaults"][1] for part in ("top_k 20", "top_p 0.8", "repetition_penalty 1.05"))
+    assert "harmless" in rows["pad and eos"][1] and {rows[n][0] for n in ("pad and eos", "drawn as scored", "mask", "sampled = scored")} == {"pass"}
 
 
 # ==== search_tool.py =====================================================================================================
