@@ -373,7 +373,8 @@ def rollout(model, tokenizer, questions: list[dict], search, cfg: Config) -> lis
     """Sample cfg.group rollouts for each question, all turns. Question-major: group i is [i * G : (i + 1) * G].
 
     Only temperature shapes the sampling (cfg.temperature = 0: greedy), so that score() sees the same distribution. The KV
-    cache lives across turns: only new text is read, and rows that ended leave the batch and the cache.
+    cache lives across turns: only new text is read, and rows that ended leave the batch and the cache. A group's prompt is
+    read once for its G rollouts.
     """
     prompts = [encode_prompt(tokenizer, q["question"]) for q in questions for _ in range(cfg.group)]
     rollouts = [Rollout(list(p), [0] * len(p), [-1] * len(p), [len(p)]) for p in prompts]
@@ -399,6 +400,13 @@ def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> N
     checkpoints_defaults, lm.generation_config = lm.generation_config, sampling
     cache = DynamicCache(config=lm.config)
     ids, seen = left_pad([r.ids for r in live], tokenizer.pad_token_id, lm.device)       # (B, P) physical slots; 1: holds a token
+    row_of = {}                          # texts that rows share (the prompt of a group) are read once, but for the token that generate() starts from
+    copies = [row_of.setdefault(tuple(r.ids), len(row_of)) for r in live]
+    if len(row_of) < len(live):
+        first = [copies.index(k) for k in range(len(row_of))]
+        positions = (seen[first, :-1].cumsum(1) - 1).clamp(min=0)
+        lm.base_model(ids[first, :-1], attention_mask=seen[first, :-1], position_ids=positions, past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(torch.tensor(copies, device=ids.device))
     try:
         for _ in range(cfg.max_turns):
             end = TurnEnd(tokenizer, ids.shape[1], len(live), eos)

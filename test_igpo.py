@@ -298,11 +298,8 @@ def test_beliefs_equal_one_forward_per_boundary(demo, played):
 
 def test_beliefs_without_rotary_positions(demo, played):
     """GPT-2 adds absolute positions: a probe must stand where its boundary ends, not at the end of the row."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    _, tokenizer, search, questions, cfg = demo
-    torch.manual_seed(0)
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)).eval()
-    check_exact(gpt2, tokenizer, *played, cfg)
+    _, tokenizer, _, _, cfg = demo
+    check_exact(tiny_gpt2(tokenizer), tokenizer, *played, cfg)
 
 
 def test_belief_of_the_reference(demo, played):
@@ -359,6 +356,37 @@ def test_greedy_rollout_equals_reading_everything_again(demo):
             with torch.no_grad():
                 best = lm(torch.tensor([r.ids[:own[-1] + 1]])).logits[0].argmax(-1).tolist()
             assert [r.ids[j] for j in own] == [best[j - 1] for j in own]
+
+
+def tiny_gpt2(tokenizer):
+    """Positions are learned and added to the input; sure enough of its next token that rounding does not change it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)).eval()
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_a_shared_prompt_is_read_once_and_changes_nothing(demo, positions, monkeypatch):
+    """Ragged prompts, groups of three: the same greedy ids as one row a batch, and the prompts' tokens pass the model once a question."""
+    model, tokenizer, search, questions, cfg = demo
+    lm = igpo.unwrap(model)
+    if positions == "learned":                # knows no format: every turn is a search, and many tokens end it, so that the mask has holes
+        lm = tiny_gpt2(tokenizer)
+        lm.generation_config.eos_token_id = list(range(0, len(tokenizer), 20))
+        monkeypatch.setattr(igpo, "parse_turn", lambda text: ("search", text + " founded"))
+    greedy, few = replace(cfg, temperature=0.0, group=3, max_turns=4), questions[:5]
+    lengths = [len(igpo.encode_prompt(tokenizer, q["question"])) for q in few]
+    assert len(set(lengths)) > 2
+    alone = rollout(lm, tokenizer, few, search, replace(greedy, rollout_batch=1))
+    read = []
+    hook = lm.base_model.register_forward_pre_hook(lambda module, args, kwargs: read.append((args[0] if args else kwargs["input_ids"]).shape), with_kwargs=True)
+    try:
+        together = rollout(lm, tokenizer, few, search, greedy)
+    finally:
+        hook.remove()
+    assert [r.ids for r in together] == [r.ids for r in alone] and [r.ids for r in together[::3]] == [r.ids for r in together[1::3]]
+    assert read[:2] == [(5, max(lengths) - 1), (15, 1)]
+    assert max(len(r.boundaries) for r in alone) > 2 and len({len(r.ids) - r.boundaries[0] for r in alone}) > 1
 
 
 def test_checkpoint_defaults_do_not_shape_sampling(demo):
