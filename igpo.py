@@ -523,6 +523,28 @@ def by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
     return batches
 
 
+def in_micro_batches(work, lengths: list[int], model, cfg: Config) -> list[tuple]:
+    """[(batch, work(batch)), ..] over the batches of `by_tokens`, whose number changes no result.
+
+    Out of memory: it is said, and all is done again with half of cfg.batch_tokens, from then on. A rollout is not divided: the
+    longest comes first, and where it is alone and does not fit, UserError tells what can be lowered.
+    """
+    while True:
+        try:
+            return [(batch, work(batch)) for batch in by_tokens(lengths, cfg.batch_tokens)]
+        except RuntimeError as e:          # torch.OutOfMemoryError is one; a CPU raises no better, so it is known by its text
+            if not re.search("out of memory|not enough memory|can't allocate memory", str(e)):
+                raise
+            if cfg.batch_tokens < max(lengths):
+                raise UserError(f"out of memory on a single rollout of {max(lengths)} tokens. Lower --max_turns, --max_info_tokens or --max_new_tokens, "
+                                "or add --gradient_checkpointing or --dtype bfloat16.") from None
+        # Here, not above: while the error lives, so do the tensors of the frames it came through.
+        cfg.batch_tokens //= 2
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        tqdm.write(f"out of memory: going on with half the tokens a forward, --batch_tokens {cfg.batch_tokens}", file=sys.stderr)
+
+
 @torch.no_grad()
 def forward_scores(model, tokenizer, rollouts: list[Rollout], golds: list | None, cfg: Config) -> tuple[list[torch.Tensor], list[list[float]]]:
     """Log-probs of the sampled tokens and, if golds are given, the beliefs b_0 .. b_{T-1}, by the model as it stands."""
@@ -532,8 +554,9 @@ def forward_scores(model, tokenizer, rollouts: list[Rollout], golds: list | None
         probe = schema + encode_gold(tokenizer, golds[i]) if golds else []
         rows.append(one_pass(r, [probe] * len(r.boundaries) if golds else [], len(schema)))
     logps, beliefs = [None] * len(rows), [[] for _ in rows]
-    for batch in by_tokens([len(row["ids"]) for row in rows], cfg.batch_tokens):
-        for i, scores in zip(batch, token_logps(unwrap(model), [rows[i] for i in batch], cfg.temperature)):
+    work = lambda batch: token_logps(unwrap(model), [rows[i] for i in batch], cfg.temperature)
+    for batch, found in in_micro_batches(work, [len(row["ids"]) for row in rows], model, cfg):
+        for i, scores in zip(batch, found):
             sampled = sum(rollouts[i].mask)
             logps[i] = scores[:sampled]
             if golds:
@@ -796,8 +819,7 @@ def accumulate_gradient(model, rollouts, old, ref, returns, cfg: Config) -> dict
     old, ref: per rollout the log-probs of its policy tokens; returns: per rollout one per turn. Returns the stats of
     `policy_loss`, summed, with "loss" and "ratio" (of all tokens, the one farthest from 1).
     """
-    total = {"loss": 0.0, "ratio": 1.0, "tokens": 0.0, "kl": 0.0, "clipped": 0.0, "entropy": 0.0}
-    for batch in by_tokens([len(r.ids) for r in rollouts], cfg.batch_tokens):
+    def work(batch):
         logps = token_logps(unwrap(model), [one_pass(rollouts[i], [], 0) for i in batch], cfg.temperature)
         device = logps[0].device
         spread = [torch.tensor([returns[i][t] for t in rollouts[i].policy_turns], device=device) for i in batch]
@@ -807,12 +829,11 @@ def accumulate_gradient(model, rollouts, old, ref, returns, cfg: Config) -> dict
         loss, stats = policy_loss(logp, old_logp, ref_logp, pad(spread), mask, cfg.clip, cfg.kl_coef)
         share = len(batch) / len(rollouts)
         (loss * share).backward()
-        stats["loss"] = loss.item() * share
         ratio = torch.exp(logp - old_logp).detach()[mask]
-        total["ratio"] = max([total["ratio"], *ratio.tolist()], key=lambda x: abs(x - 1))
-        for key, value in stats.items():
-            total[key] += value
-    return total
+        return {**stats, "loss": loss.item() * share, "ratio": max(ratio.tolist(), key=lambda x: abs(x - 1))}
+    parts = [stats for _, stats in in_micro_batches(work, [len(r.ids) for r in rollouts], model, cfg)]
+    total = {key: sum(part[key] for part in parts) for key in ("loss", "tokens", "kl", "clipped", "entropy")}
+    return {**total, "ratio": max([1.0, *(part["ratio"] for part in parts)], key=lambda x: abs(x - 1))}
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

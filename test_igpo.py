@@ -474,6 +474,53 @@ def test_gradient_does_not_depend_on_micro_batches_and_ratio_starts_at_1(demo, p
         assert torch.allclose(whole[name], single[name], atol=1e-6, rtol=1e-3), name
 
 
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+                 RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+                 RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")]
+
+
+def small_memory(monkeypatch, limit, error):
+    """token_logps raises where its padded batch has more tokens than limit, but not on its first call: something is left behind."""
+    honest, calls = igpo.token_logps, []
+
+    def limited(lm, rows, temperature):
+        calls.append(len(rows) * max(len(r["ids"]) for r in rows))
+        if len(calls) > 1 and calls[-1] > limit:
+            raise error
+        return honest(lm, rows, temperature)
+    monkeypatch.setattr(igpo, "token_logps", limited)
+    return calls
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(demo, played, monkeypatch, capsys, error):
+    model, tokenizer, _, _, cfg = demo
+    rollouts, golds = played
+    longest = max(len(r.ids) for r in rollouts)
+    old, beliefs = score(model, tokenizer, rollouts, golds, cfg)
+    returns = [[1.0 + t for t in range(len(b))] for b in beliefs]
+    whole, stats = gradients(model, rollouts, old, old, returns, replace(cfg, batch_tokens=8 * longest))
+    small, calls = replace(cfg, batch_tokens=8 * longest), small_memory(monkeypatch, 3 * longest, error)
+    again, stats_again = gradients(model, rollouts, old, old, returns, small)
+    assert small.batch_tokens == 2 * longest and max(calls[2:]) > 3 * longest
+    assert capsys.readouterr().err == "".join(f"out of memory: going on with half the tokens a forward, --batch_tokens {n * longest}\n" for n in (4, 2))
+    assert stats_again == {key: pytest.approx(value, rel=1e-4, abs=1e-6) for key, value in stats.items()}
+    assert all(torch.allclose(whole[n], again[n], atol=1e-6, rtol=1e-3) for n in whole)
+    old_again, beliefs_again = score(model, tokenizer, rollouts, golds, small := replace(cfg, batch_tokens=8 * longest))
+    assert small.batch_tokens < 8 * longest and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(old, old_again))
+    assert beliefs_again == [pytest.approx(b, abs=1e-5) for b in beliefs]
+
+
+def test_out_of_memory_on_one_rollout_says_what_to_lower_and_other_errors_are_not_hidden(demo, played, monkeypatch):
+    model, tokenizer, _, _, cfg = demo
+    small_memory(monkeypatch, 100, OUT_OF_MEMORY[0])
+    with pytest.raises(UserError, match=f"single rollout of {max(len(r.ids) for r in played[0])} tokens. Lower --max_turns"):
+        igpo.forward_scores(model, tokenizer, played[0], None, replace(cfg, batch_tokens=1000))
+    small_memory(monkeypatch, 100, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="multiplied"):
+        igpo.forward_scores(model, tokenizer, played[0], None, replace(cfg, batch_tokens=1000))
+
+
 def test_forced_tokens_get_no_gradient(demo, played):
     """Through the logits at forced tokens nothing flows: with a return on one turn only, the other turns' logits are untouched too."""
     model, _, _, _, cfg = demo
