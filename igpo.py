@@ -454,7 +454,10 @@ def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> N
 
 # ---- belief and log-probs --------------------------------------------------------------------------------------------
 
-def token_logps(lm, rows: list[dict], temperature: float, chunk: int = 1024) -> list[torch.Tensor]:
+HEAD_CHUNK = 256    # tokens that pass the LM head at once; of its logits four fp32 copies live at a time
+
+
+def token_logps(lm, rows: list[dict], temperature: float, chunk: int = HEAD_CHUNK) -> list[torch.Tensor]:
     """log pi of chosen tokens: the one function for policy, old policy, reference and belief.
 
     Each row is {"ids", "positions", "segment", "limit", "targets"}; the token at index j of "targets" is predicted from the
@@ -1030,6 +1033,43 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def memory_card(model, cfg: Config) -> dict[str, int]:
+    """Bytes a run needs at most, by arithmetic on shapes alone; small and passing things are left out.
+
+        weights   each at its own size
+        adapter   7 times the LoRA parameters: they, gradient, two moments of AdamW, and a copy of all but the gradient to fall back on
+        rollouts  rollout_batch (2 L D s T + 16 I max_info_tokens)        keys and values, and the reading of search results
+        update    L N (H s, or W without gradient checkpointing) + max(N (8 (H + I) + W with it), 16 HEAD_CHUNK V)
+        peak      weights + adapter + the larger of rollouts and update
+
+    L layers of width H, D of it for keys, I in the MLP; vocabulary V; s bytes a weight; rollouts of T tokens, at most, with a
+    prompt of 300; N = max(batch_tokens, T); W = 40 H + (4 + 3 s) I bytes that a token leaves in a layer for the backward. The
+    numbers in W and the factors 8 and 16 were measured, on Qwen2 layers with LoRA.
+    """
+    c = unwrap(model).config.get_text_config()
+    L, H, V, heads = c.num_hidden_layers, c.hidden_size, c.vocab_size, c.num_attention_heads
+    I = getattr(c, "intermediate_size", None) or 4 * H
+    D = (getattr(c, "num_key_value_heads", None) or heads) * (getattr(c, "head_dim", None) or H // heads)
+    s = unwrap(model).dtype.itemsize
+    T = min(300 + cfg.max_turns * cfg.max_new_tokens + (cfg.max_turns - 1) * cfg.max_info_tokens, getattr(c, "max_position_embeddings", None) or 10**9)
+    N, W = max(cfg.batch_tokens, T), 40 * H + (4 + 3 * s) * I
+    kept, again = (H * s, W) if cfg.gradient_checkpointing else (W, 0)
+    size = {on: sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad == on) for on in (True, False)}
+    card = {"weights": size[False], "adapter": 7 * size[True], "rollouts": cfg.rollout_batch * (2 * L * D * s * T + 16 * I * cfg.max_info_tokens),
+            "update": L * N * kept + max(N * (8 * (H + I) + again), 16 * HEAD_CHUNK * V)}
+    return {**card, "peak": card["weights"] + card["adapter"] + max(card["rollouts"], card["update"])}
+
+
+def memory_line(model, cfg: Config) -> str:
+    """memory_card() in one line, with what the device has and, if that is less, what to lower."""
+    card = {key: value / 2**20 for key, value in memory_card(model, cfg).items()}
+    there = (torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2**20
+    option = "--rollout_batch" if card["rollouts"] > card["update"] else "--batch_tokens"
+    return (f"Memory at most, computed: weights {card['weights']:,.0f} MB + adapter and optimizer {card['adapter']:,.0f} + the larger of rollouts {card['rollouts']:,.0f} "
+            f"(--rollout_batch {cfg.rollout_batch}) and update {card['update']:,.0f} (--batch_tokens {cfg.batch_tokens}) = {card['peak']:,.0f} MB of {there:,.0f}."
+            + f" That may not fit: lower {option}." * (card["peak"] > there))
+
+
 def train(cfg: Config) -> Path:
     """The whole run; returns its folder. Ctrl-C or SIGTERM: the weights of the last whole step are saved."""
     questions, dev = load_train(cfg.train), load_questions(locate(cfg.dev))[:cfg.eval_questions]
@@ -1051,7 +1091,7 @@ def train(cfg: Config) -> Path:
     write_whole(out / "config.json", json.dumps(asdict(replace(cfg, resume="", out=str(out))), indent=1) + "\n")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.2f}M of them LoRA, {model.dtype} on {model.device.type}. "
-          f"{len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, steps {done + 1} to {cfg.steps}. Results go to {out}.", flush=True)
+          f"{len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, steps {done + 1} to {cfg.steps}. Results go to {out}.\n{memory_line(model, cfg)}", flush=True)
 
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as metrics, open(out / "rollouts.jsonl", "a", encoding="utf-8") as kept:
         def log(file, row):

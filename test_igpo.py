@@ -521,6 +521,27 @@ def test_out_of_memory_on_one_rollout_says_what_to_lower_and_other_errors_are_no
         igpo.forward_scores(model, tokenizer, played[0], None, replace(cfg, batch_tokens=1000))
 
 
+def test_memory_card_by_hand(capsys):
+    """2 layers of width 8, MLP 16, 2 heads of 4 with 1 for keys, 10 words; LoRA of rank 1; rollouts cut at a context of 100."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    lm = Qwen2ForCausalLM(Qwen2Config(vocab_size=10, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                                      max_position_embeddings=100, tie_word_embeddings=True))
+    model = get_peft_model(lm, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
+    cfg = Config(max_turns=2, max_new_tokens=10, max_info_tokens=20, rollout_batch=3, batch_tokens=50, gradient_checkpointing=False)
+    card = igpo.memory_card(model, cfg)
+    # q 64 + 8, k and v 32 + 4 each, o 64, MLP 3 * 128, norms 16: 608 a layer; words 80, last norm 8
+    assert card["weights"] == 4 * (2 * 608 + 80 + 8)
+    assert card["adapter"] == 7 * 4 * 2 * (16 + 12 + 12 + 16 + 24 + 24 + 24)
+    assert card["rollouts"] == 3 * (2 * 2 * 4 * 4 * 100 + 16 * 16 * 20)
+    assert card["update"] == 2 * 100 * 576 + 16 * 256 * 10                         # W = 320 + 16 * 16 = 576; the head's 40,960 is more than 100 * 8 * 24
+    assert card["peak"] == 5216 + 7168 + 115_200 + 40_960
+    again = igpo.memory_card(model, replace(cfg, gradient_checkpointing=True))
+    assert again["update"] == 2 * 100 * 8 * 4 + 100 * (8 * 24 + 576)
+    said = igpo.memory_line(model, replace(cfg, rollout_batch=10**9))
+    assert "\n" not in said and "--rollout_batch 1000000000" in said and said.endswith("may not fit: lower --rollout_batch.")
+
+
 def test_forced_tokens_get_no_gradient(demo, played):
     """Through the logits at forced tokens nothing flows: with a return on one turn only, the other turns' logits are untouched too."""
     model, _, _, _, cfg = demo
