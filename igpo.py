@@ -386,7 +386,8 @@ def rollout(model, tokenizer, questions: list[dict], search, cfg: Config) -> lis
     """Sample cfg.group rollouts for each question, all turns. Question-major: group i is [i * G : (i + 1) * G].
 
     Only temperature shapes the sampling (cfg.temperature = 0: greedy), so that score() sees the same distribution. The KV
-    cache lives across turns: only new text is read, and rows that ended leave the batch and the cache.
+    cache lives across turns: only new text is read, and rows that ended leave the batch and the cache. A group's prompt is
+    read once for its G rollouts.
     """
     prompts = [encode_prompt(tokenizer, q["question"]) for q in questions for _ in range(cfg.group)]
     rollouts = [Rollout(list(p), [0] * len(p), [-1] * len(p), [len(p)]) for p in prompts]
@@ -412,6 +413,13 @@ def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> N
     checkpoints_defaults, lm.generation_config = lm.generation_config, sampling
     cache = DynamicCache(config=lm.config)
     ids, seen = left_pad([r.ids for r in live], tokenizer.pad_token_id, lm.device)       # (B, P) physical slots; 1: holds a token
+    row_of = {}                          # texts that rows share (the prompt of a group) are read once, but for the token that generate() starts from
+    copies = [row_of.setdefault(tuple(r.ids), len(row_of)) for r in live]
+    if len(row_of) < len(live):
+        first = [copies.index(k) for k in range(len(row_of))]
+        positions = (seen[first, :-1].cumsum(1) - 1).clamp(min=0)
+        lm.base_model(ids[first, :-1], attention_mask=seen[first, :-1], position_ids=positions, past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(torch.tensor(copies, device=ids.device))
     try:
         for _ in range(cfg.max_turns):
             end = TurnEnd(tokenizer, ids.shape[1], len(live), eos)
@@ -459,7 +467,10 @@ def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> N
 
 # ---- belief and log-probs --------------------------------------------------------------------------------------------
 
-def token_logps(lm, rows: list[dict], temperature: float, chunk: int = 1024) -> list[torch.Tensor]:
+HEAD_CHUNK = 256    # tokens that pass the LM head at once; of its logits four fp32 copies live at a time
+
+
+def token_logps(lm, rows: list[dict], temperature: float, chunk: int = HEAD_CHUNK) -> list[torch.Tensor]:
     """log pi of chosen tokens: the one function for policy, old policy, reference and belief.
 
     Each row is {"ids", "positions", "segment", "limit", "targets"}; the token at index j of "targets" is predicted from the
@@ -528,6 +539,28 @@ def by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
     return batches
 
 
+def in_micro_batches(work, lengths: list[int], model, cfg: Config) -> list[tuple]:
+    """[(batch, work(batch)), ..] over the batches of `by_tokens`, whose number changes no result.
+
+    Out of memory: it is said, and all is done again with half of cfg.batch_tokens, from then on. A rollout is not divided: the
+    longest comes first, and where it is alone and does not fit, UserError tells what can be lowered.
+    """
+    while True:
+        try:
+            return [(batch, work(batch)) for batch in by_tokens(lengths, cfg.batch_tokens)]
+        except RuntimeError as e:          # torch.OutOfMemoryError is one; a CPU raises no better, so it is known by its text
+            if not re.search("out of memory|not enough memory|can't allocate memory", str(e)):
+                raise
+            if cfg.batch_tokens < max(lengths):
+                raise UserError(f"out of memory on a single rollout of {max(lengths)} tokens. Lower --max_turns, --max_info_tokens or --max_new_tokens, "
+                                "or add --gradient_checkpointing or --dtype bfloat16.") from None
+        # Here, not above: while the error lives, so do the tensors of the frames it came through.
+        cfg.batch_tokens //= 2
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        tqdm.write(f"out of memory: going on with half the tokens a forward, --batch_tokens {cfg.batch_tokens}", file=sys.stderr)
+
+
 @torch.no_grad()
 def forward_scores(model, tokenizer, rollouts: list[Rollout], golds: list | None, cfg: Config) -> tuple[list[torch.Tensor], list[list[float]]]:
     """Log-probs of the sampled tokens and, if golds are given, the beliefs b_0 .. b_{T-1}, by the model as it stands."""
@@ -537,8 +570,9 @@ def forward_scores(model, tokenizer, rollouts: list[Rollout], golds: list | None
         probe = schema + encode_gold(tokenizer, golds[i]) if golds else []
         rows.append(one_pass(r, [probe] * len(r.boundaries) if golds else [], len(schema)))
     logps, beliefs = [None] * len(rows), [[] for _ in rows]
-    for batch in by_tokens([len(row["ids"]) for row in rows], cfg.batch_tokens):
-        for i, scores in zip(batch, token_logps(unwrap(model), [rows[i] for i in batch], cfg.temperature)):
+    work = lambda batch: token_logps(unwrap(model), [rows[i] for i in batch], cfg.temperature)
+    for batch, found in in_micro_batches(work, [len(row["ids"]) for row in rows], model, cfg):
+        for i, scores in zip(batch, found):
             sampled = sum(rollouts[i].mask)
             logps[i] = scores[:sampled]
             if golds:
@@ -802,8 +836,7 @@ def accumulate_gradient(model, rollouts, old, ref, returns, cfg: Config) -> dict
     old, ref: per rollout the log-probs of its policy tokens; returns: per rollout one per turn. Returns the stats of
     `policy_loss`, summed, with "loss" and "ratio" (of all tokens, the one farthest from 1).
     """
-    total = {"loss": 0.0, "ratio": 1.0, "tokens": 0.0, "kl": 0.0, "clipped": 0.0, "entropy": 0.0}
-    for batch in by_tokens([len(r.ids) for r in rollouts], cfg.batch_tokens):
+    def work(batch):
         logps = token_logps(unwrap(model), [one_pass(rollouts[i], [], 0) for i in batch], cfg.temperature)
         device = logps[0].device
         spread = [torch.tensor([returns[i][t] for t in rollouts[i].policy_turns], device=device) for i in batch]
@@ -813,12 +846,11 @@ def accumulate_gradient(model, rollouts, old, ref, returns, cfg: Config) -> dict
         loss, stats = policy_loss(logp, old_logp, ref_logp, pad(spread), mask, cfg.clip, cfg.kl_coef)
         share = len(batch) / len(rollouts)
         (loss * share).backward()
-        stats["loss"] = loss.item() * share
         ratio = torch.exp(logp - old_logp).detach()[mask]
-        total["ratio"] = max([total["ratio"], *ratio.tolist()], key=lambda x: abs(x - 1))
-        for key, value in stats.items():
-            total[key] += value
-    return total
+        return {**stats, "loss": loss.item() * share, "ratio": max(ratio.tolist(), key=lambda x: abs(x - 1))}
+    parts = [stats for _, stats in in_micro_batches(work, [len(r.ids) for r in rollouts], model, cfg)]
+    total = {key: sum(part[key] for part in parts) for key in ("loss", "tokens", "kl", "clipped", "entropy")}
+    return {**total, "ratio": max([1.0, *(part["ratio"] for part in parts)], key=lambda x: abs(x - 1))}
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -1015,6 +1047,43 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def memory_card(model, cfg: Config) -> dict[str, int]:
+    """Bytes a run needs at most, by arithmetic on shapes alone; small and passing things are left out.
+
+        weights   each at its own size
+        adapter   7 times the LoRA parameters: they, gradient, two moments of AdamW, and a copy of all but the gradient to fall back on
+        rollouts  rollout_batch (2 L D s T + 16 I max_info_tokens)        keys and values, and the reading of search results
+        update    L N (H s, or W without gradient checkpointing) + max(N (8 (H + I) + W with it), 16 HEAD_CHUNK V)
+        peak      weights + adapter + the larger of rollouts and update
+
+    L layers of width H, D of it for keys, I in the MLP; vocabulary V; s bytes a weight; rollouts of T tokens, at most, with a
+    prompt of 300; N = max(batch_tokens, T); W = 40 H + (4 + 3 s) I bytes that a token leaves in a layer for the backward. The
+    numbers in W and the factors 8 and 16 were measured, on Qwen2 layers with LoRA.
+    """
+    c = unwrap(model).config.get_text_config()
+    L, H, V, heads = c.num_hidden_layers, c.hidden_size, c.vocab_size, c.num_attention_heads
+    I = getattr(c, "intermediate_size", None) or 4 * H
+    D = (getattr(c, "num_key_value_heads", None) or heads) * (getattr(c, "head_dim", None) or H // heads)
+    s = unwrap(model).dtype.itemsize
+    T = min(300 + cfg.max_turns * cfg.max_new_tokens + (cfg.max_turns - 1) * cfg.max_info_tokens, getattr(c, "max_position_embeddings", None) or 10**9)
+    N, W = max(cfg.batch_tokens, T), 40 * H + (4 + 3 * s) * I
+    kept, again = (H * s, W) if cfg.gradient_checkpointing else (W, 0)
+    size = {on: sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad == on) for on in (True, False)}
+    card = {"weights": size[False], "adapter": 7 * size[True], "rollouts": cfg.rollout_batch * (2 * L * D * s * T + 16 * I * cfg.max_info_tokens),
+            "update": L * N * kept + max(N * (8 * (H + I) + again), 16 * HEAD_CHUNK * V)}
+    return {**card, "peak": card["weights"] + card["adapter"] + max(card["rollouts"], card["update"])}
+
+
+def memory_line(model, cfg: Config) -> str:
+    """memory_card() in one line, with what the device has and, if that is less, what to lower."""
+    card = {key: value / 2**20 for key, value in memory_card(model, cfg).items()}
+    there = (torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2**20
+    option = "--rollout_batch" if card["rollouts"] > card["update"] else "--batch_tokens"
+    return (f"Memory at most, computed: weights {card['weights']:,.0f} MB + adapter and optimizer {card['adapter']:,.0f} + the larger of rollouts {card['rollouts']:,.0f} "
+            f"(--rollout_batch {cfg.rollout_batch}) and update {card['update']:,.0f} (--batch_tokens {cfg.batch_tokens}) = {card['peak']:,.0f} MB of {there:,.0f}."
+            + f" That may not fit: lower {option}." * (card["peak"] > there))
+
+
 def train(cfg: Config) -> Path:
     """The whole run; returns its folder. Ctrl-C or SIGTERM: the weights of the last whole step are saved."""
     questions, dev = load_train(cfg.train), load_questions(locate(cfg.dev))[:cfg.eval_questions]
@@ -1036,7 +1105,7 @@ def train(cfg: Config) -> Path:
     write_whole(out / "config.json", json.dumps(asdict(replace(cfg, resume="", out=str(out))), indent=1) + "\n")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.2f}M of them LoRA, {model.dtype} on {model.device.type}. "
-          f"{len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, steps {done + 1} to {cfg.steps}. Results go to {out}.", flush=True)
+          f"{len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, steps {done + 1} to {cfg.steps}. Results go to {out}.\n{memory_line(model, cfg)}", flush=True)
 
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as metrics, open(out / "rollouts.jsonl", "a", encoding="utf-8") as kept:
         def log(file, row):

@@ -299,11 +299,8 @@ def test_beliefs_equal_one_forward_per_boundary(demo, played):
 
 def test_beliefs_without_rotary_positions(demo, played):
     """GPT-2 adds absolute positions: a probe must stand where its boundary ends, not at the end of the row."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    _, tokenizer, search, questions, cfg = demo
-    torch.manual_seed(0)
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)).eval()
-    check_exact(gpt2, tokenizer, *played, cfg)
+    _, tokenizer, _, _, cfg = demo
+    check_exact(tiny_gpt2(tokenizer), tokenizer, *played, cfg)
 
 
 def test_belief_of_the_reference(demo, played):
@@ -360,6 +357,37 @@ def test_greedy_rollout_equals_reading_everything_again(demo):
             with torch.no_grad():
                 best = lm(torch.tensor([r.ids[:own[-1] + 1]])).logits[0].argmax(-1).tolist()
             assert [r.ids[j] for j in own] == [best[j - 1] for j in own]
+
+
+def tiny_gpt2(tokenizer):
+    """Positions are learned and added to the input; sure enough of its next token that rounding does not change it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)).eval()
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_a_shared_prompt_is_read_once_and_changes_nothing(demo, positions, monkeypatch):
+    """Ragged prompts, groups of three: the same greedy ids as one row a batch, and the prompts' tokens pass the model once a question."""
+    model, tokenizer, search, questions, cfg = demo
+    lm = igpo.unwrap(model)
+    if positions == "learned":                # knows no format: every turn is a search, and many tokens end it, so that the mask has holes
+        lm = tiny_gpt2(tokenizer)
+        lm.generation_config.eos_token_id = list(range(0, len(tokenizer), 20))
+        monkeypatch.setattr(igpo, "parse_turn", lambda text: ("search", text + " founded"))
+    greedy, few = replace(cfg, temperature=0.0, group=3, max_turns=4), questions[:5]
+    lengths = [len(igpo.encode_prompt(tokenizer, q["question"])) for q in few]
+    assert len(set(lengths)) > 2
+    alone = rollout(lm, tokenizer, few, search, replace(greedy, rollout_batch=1))
+    read = []
+    hook = lm.base_model.register_forward_pre_hook(lambda module, args, kwargs: read.append((args[0] if args else kwargs["input_ids"]).shape), with_kwargs=True)
+    try:
+        together = rollout(lm, tokenizer, few, search, greedy)
+    finally:
+        hook.remove()
+    assert [r.ids for r in together] == [r.ids for r in alone] and [r.ids for r in together[::3]] == [r.ids for r in together[1::3]]
+    assert read[:2] == [(5, max(lengths) - 1), (15, 1)]
+    assert max(len(r.boundaries) for r in alone) > 2 and len({len(r.ids) - r.boundaries[0] for r in alone}) > 1
 
 
 def test_checkpoint_defaults_do_not_shape_sampling(demo):
@@ -445,6 +473,74 @@ def test_gradient_does_not_depend_on_micro_batches_and_ratio_starts_at_1(demo, p
     assert max(g.abs().max() for g in whole.values()) > 1e-4
     for name in whole:
         assert torch.allclose(whole[name], single[name], atol=1e-6, rtol=1e-3), name
+
+
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+                 RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+                 RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")]
+
+
+def small_memory(monkeypatch, limit, error):
+    """token_logps raises where its padded batch has more tokens than limit, but not on its first call: something is left behind."""
+    honest, calls = igpo.token_logps, []
+
+    def limited(lm, rows, temperature):
+        calls.append(len(rows) * max(len(r["ids"]) for r in rows))
+        if len(calls) > 1 and calls[-1] > limit:
+            raise error
+        return honest(lm, rows, temperature)
+    monkeypatch.setattr(igpo, "token_logps", limited)
+    return calls
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(demo, played, monkeypatch, capsys, error):
+    model, tokenizer, _, _, cfg = demo
+    rollouts, golds = played
+    longest = max(len(r.ids) for r in rollouts)
+    old, beliefs = score(model, tokenizer, rollouts, golds, cfg)
+    returns = [[1.0 + t for t in range(len(b))] for b in beliefs]
+    whole, stats = gradients(model, rollouts, old, old, returns, replace(cfg, batch_tokens=8 * longest))
+    small, calls = replace(cfg, batch_tokens=8 * longest), small_memory(monkeypatch, 3 * longest, error)
+    again, stats_again = gradients(model, rollouts, old, old, returns, small)
+    assert small.batch_tokens == 2 * longest and max(calls[2:]) > 3 * longest
+    assert capsys.readouterr().err == "".join(f"out of memory: going on with half the tokens a forward, --batch_tokens {n * longest}\n" for n in (4, 2))
+    assert stats_again == {key: pytest.approx(value, rel=1e-4, abs=1e-6) for key, value in stats.items()}
+    assert all(torch.allclose(whole[n], again[n], atol=1e-6, rtol=1e-3) for n in whole)
+    old_again, beliefs_again = score(model, tokenizer, rollouts, golds, small := replace(cfg, batch_tokens=8 * longest))
+    assert small.batch_tokens < 8 * longest and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(old, old_again))
+    assert beliefs_again == [pytest.approx(b, abs=1e-5) for b in beliefs]
+
+
+def test_out_of_memory_on_one_rollout_says_what_to_lower_and_other_errors_are_not_hidden(demo, played, monkeypatch):
+    model, tokenizer, _, _, cfg = demo
+    small_memory(monkeypatch, 100, OUT_OF_MEMORY[0])
+    with pytest.raises(UserError, match=f"single rollout of {max(len(r.ids) for r in played[0])} tokens. Lower --max_turns"):
+        igpo.forward_scores(model, tokenizer, played[0], None, replace(cfg, batch_tokens=1000))
+    small_memory(monkeypatch, 100, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="multiplied"):
+        igpo.forward_scores(model, tokenizer, played[0], None, replace(cfg, batch_tokens=1000))
+
+
+def test_memory_card_by_hand(capsys):
+    """2 layers of width 8, MLP 16, 2 heads of 4 with 1 for keys, 10 words; LoRA of rank 1; rollouts cut at a context of 100."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    lm = Qwen2ForCausalLM(Qwen2Config(vocab_size=10, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                                      max_position_embeddings=100, tie_word_embeddings=True))
+    model = get_peft_model(lm, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
+    cfg = Config(max_turns=2, max_new_tokens=10, max_info_tokens=20, rollout_batch=3, batch_tokens=50, gradient_checkpointing=False)
+    card = igpo.memory_card(model, cfg)
+    # q 64 + 8, k and v 32 + 4 each, o 64, MLP 3 * 128, norms 16: 608 a layer; words 80, last norm 8
+    assert card["weights"] == 4 * (2 * 608 + 80 + 8)
+    assert card["adapter"] == 7 * 4 * 2 * (16 + 12 + 12 + 16 + 24 + 24 + 24)
+    assert card["rollouts"] == 3 * (2 * 2 * 4 * 4 * 100 + 16 * 16 * 20)
+    assert card["update"] == 2 * 100 * 576 + 16 * 256 * 10                         # W = 320 + 16 * 16 = 576; the head's 40,960 is more than 100 * 8 * 24
+    assert card["peak"] == 5216 + 7168 + 115_200 + 40_960
+    again = igpo.memory_card(model, replace(cfg, gradient_checkpointing=True))
+    assert again["update"] == 2 * 100 * 8 * 4 + 100 * (8 * 24 + 576)
+    said = igpo.memory_line(model, replace(cfg, rollout_batch=10**9))
+    assert "\n" not in said and "--rollout_batch 1000000000" in said and said.endswith("may not fit: lower --rollout_batch.")
 
 
 def test_forced_tokens_get_no_gradient(demo, played):
