@@ -4,6 +4,7 @@
     python eval.py --adapter runs/x                        the same after training; model and episode come from the run
     python eval.py --adapter runs/x --no_search            closed book: made to answer at once. Does search help?
     python eval.py --model Qwen2.5-3B-Instruct --benchmark all --limit 500 --search http://127.0.0.1:8000/retrieve
+    torchrun --nproc_per_node 4 eval.py ..                 on four GPUs: each takes its share of the questions
     python eval.py --compare results/a results/b           is b better than a? paired bootstrap, win / tie / loss
     python eval.py --report runs/x                         a page on the rollouts of a training run
     python eval.py --plot runs/a runs/b -o curves.png      training curves; seeds of one setting become a line with a band
@@ -49,8 +50,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from igpo import (DEMO, HERE, SCHEMA, TAG, Config, Rollout, TurnEnd, UserError, answer_words, encode, encode_prompt, exact_match,
-                  f1_score, first_line, left_pad, load_model, load_questions, locate, mean, open_run_search, record, rollout, score, unwrap,
-                  write_whole)
+                  f1_score, first_line, gathered, join_processes, left_pad, load_model, load_questions, locate, mean, open_run_search, process,
+                  record, rollout, score, share, unwrap, write_whole)
 from search_tool import SearchError, clean_text
 
 BENCHMARKS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
@@ -494,8 +495,8 @@ def result_folder(args: argparse.Namespace, cfg: Config, settings: dict) -> Path
     raise UserError("results: too many folders of that name. Give --out.")
 
 
-def evaluate(args: argparse.Namespace) -> Path:
-    """Run what is still to be run, then write figures and page."""
+def plan(args: argparse.Namespace) -> tuple:
+    """(config, settings, folder made for the results, names of the benchmarks, rows that are there, [(name, question, sample), ..] still to be run)."""
     cfg = load_config(args)
     chosen, notes = load_questions_of(args, cfg)
     corpus = locate(cfg.search.removeprefix("bm25:")) if cfg.search.startswith("bm25:") else ""
@@ -515,28 +516,41 @@ def evaluate(args: argparse.Namespace) -> Path:
     todo = [(name, q, k) for name, questions in chosen.items() for q in questions for k in range(args.n) if (name, q["id"], k) not in done]
     print(f"{len(done) + len(todo)} rollouts on {', '.join(name + ' (' + note['questions'] + ')' for name, note in notes.items())}"
           + f"; {len(done)} of them are there already" * bool(done) + f". Results go to {out}.", flush=True)
+    return cfg, settings, out, list(chosen), rows, todo
+
+
+def evaluate(args: argparse.Namespace) -> Path:
+    """Run what is still to be run, then write figures and page. Under torchrun each process plays its share; the first one plans and writes."""
+    join_processes()
+    rank, processes = process()
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    (cfg, settings, out, names, rows, todo), = gathered([] if rank else [plan(args)])
     if todo:
         search = None if args.no_search else open_run_search(cfg)
         model, tokenizer = load_model(cfg, adapter=args.adapter) if args.adapter else load_model(cfg)
         play = closed_book if args.no_search else rollout
-        torch.manual_seed(cfg.seed + len(done))                                     # gone on with, it must not draw the same numbers again
-        with open(log, "a", encoding="utf-8") as file, tqdm(total=len(done) + len(todo), initial=len(done), unit="rollout", dynamic_ncols=True) as bar:
-            for start in range(0, len(todo), cfg.rollout_batch):
-                part = todo[start:start + cfg.rollout_batch]
+        torch.manual_seed(cfg.seed + len(rows) + 10**6 * rank)                      # gone on with, it must not draw the same numbers again
+        with (open(os.devnull if rank else out / "rollouts.jsonl", "a", encoding="utf-8") as file,
+              tqdm(total=len(rows) + len(todo), initial=len(rows), unit="rollout", dynamic_ncols=True, disable=bool(rank)) as bar):
+            for start in range(0, len(todo), cfg.rollout_batch * processes):
+                part = share(todo[start:start + cfg.rollout_batch * processes])
                 asked = [q for _, q, _ in part]
-                rollouts = play(model, tokenizer, asked, search, cfg)
-                errors = [e for r in rollouts for e in r.errors if e]
-                if len(errors) > cfg.max_failed_searches * sum(len(r.queries) for r in rollouts):
-                    raise UserError(f"{len(errors)} searches failed ({errors[-1]}). Stopped; when the search works again, the same command goes on.")
+                rollouts = play(model, tokenizer, asked, search, cfg) if part else []
                 _, beliefs = score(model, tokenizer, rollouts, [q["answers"] for q in asked], cfg)
-                for (name, q, k), r, b in zip(part, rollouts, beliefs):
-                    rows.append({"benchmark": name, "sample": k, **record(tokenizer, r, q, b, gain=cfg.gain)})
-                    file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
+                new = gathered([{"benchmark": name, "sample": k, **record(tokenizer, r, q, b, gain=cfg.gain)} for (name, q, k), r, b in zip(part, rollouts, beliefs)])
+                searches = [turn for row in new for turn in row["turns"] if turn["query"] is not None]
+                errors = [turn["error"] for turn in searches if turn["error"]]
+                if len(errors) > cfg.max_failed_searches * len(searches):
+                    raise UserError(f"{len(errors)} searches failed ({errors[-1]}). Stopped; when the search works again, the same command goes on.")
+                rows += new
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
                 file.flush()
                 bar.set_postfix_str(f"F1 {100 * mean(row['f1'] for row in rows):.1f}, EM {100 * mean(row['em'] for row in rows):.1f}", refresh=False)
-                bar.update(len(part))
-    order = {name: k for k, name in enumerate(chosen)}
-    rows.sort(key=lambda row: (order[row["benchmark"]], row["id"], row["sample"]))
+                bar.update(len(new))
+    if rank:
+        return out
+    rows.sort(key=lambda row: (names.index(row["benchmark"]), row["id"], row["sample"]))
     summary = summarise(rows)
     code = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in (HERE / "igpo.py", HERE / "search_tool.py", Path(__file__))}
     versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, peft, np)}, **code}

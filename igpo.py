@@ -24,6 +24,7 @@ Where we depart from the paper on purpose (the README compares paper, official c
 
     python igpo.py                                        the embedded demo: offline, on a laptop
     python igpo.py --model Qwen2.5-1.5B-Instruct          the same program on a GPU
+    torchrun --nproc_per_node 4 igpo.py --model ..        on four: each takes its share of a step's questions
     python igpo.py --explain                              Eq. 2-7 on one question, with the numbers that occur
     python igpo.py --check --model .. --train ..          before a long run: does all that training assumes hold here?
 """
@@ -47,9 +48,11 @@ import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -853,6 +856,52 @@ def accumulate_gradient(model, rollouts, old, ref, returns, cfg: Config) -> dict
     return {**total, "ratio": max([1.0, *(part["ratio"] for part in parts)], key=lambda x: abs(x - 1))}
 
 
+# ---- many processes --------------------------------------------------------------------------------------------------
+
+# Under torchrun every process runs train() on whole groups of its own; what they exchange goes through these functions. Without
+# torchrun there is one process, and they change nothing.
+
+
+def join_processes() -> None:
+    """Meet the other processes of torchrun, each with a GPU of its own if there are any. Objects go through gloo, gradients through NCCL."""
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=1))
+
+
+def process() -> tuple[int, int]:
+    """(rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(items: list) -> list:
+    """This process's part of a list; the parts of all, one after the other, are the list."""
+    rank, n = process()
+    return items[len(items) * rank // n:len(items) * (rank + 1) // n]
+
+
+def gathered(items: list) -> list:
+    """The lists of all processes one after the other, to each of them."""
+    lists = [items] * process()[1]
+    if len(lists) > 1:
+        dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def average_gradient(parameters: list, rollouts: int, loss: float) -> float:
+    """From gradients of the mean loss over this process's rollouts make those of the mean over all; returns that mean."""
+    if process()[1] == 1:
+        return loss
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters] + [parameters[0].new_tensor([loss, 1.0])]
+    total = rollouts * torch.cat([part.flatten() for part in parts])
+    dist.all_reduce(total)
+    *gradients, rest = (total / total[-1]).split([part.numel() for part in parts])
+    for p, g in zip(parameters, gradients):
+        p.grad = g.view_as(p)
+    return rest[0].item()
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 METRICS = {  # every key of metrics.jsonl; printed by --glossary, and the README's table is made from it
@@ -951,7 +1000,7 @@ def transcript(row: dict) -> str:
 
 def evaluate(model, tokenizer, questions: list[dict], search, cfg: Config) -> dict:
     """Greedy rollouts, one a question: mean F1, exact match and turns."""
-    rollouts = rollout(model, tokenizer, questions, search, replace(cfg, group=1, temperature=0.0))
+    rollouts = gathered(rollout(model, tokenizer, share(questions), search, replace(cfg, group=1, temperature=0.0)))
     n = len(questions)
     return {"eval_f1": sum(f1_score(r.answer, q["answers"]) for r, q in zip(rollouts, questions)) / n,
             "eval_em": sum(exact_match(r.answer, q["answers"]) for r, q in zip(rollouts, questions)) / n,
@@ -967,7 +1016,7 @@ def step_questions(questions: list[dict], step: int, cfg: Config) -> list[dict]:
 
 
 def train_step(model, tokenizer, optimizer, questions: list[dict], search: MeteredSearch, cfg: Config, progress: float) -> tuple[dict, list[dict]]:
-    """One step: rollouts, beliefs, returns, update. Returns (metrics, records of the rollouts)."""
+    """One step: rollouts, beliefs, returns, update. questions: this process's. Returns (metrics, records of the rollouts), of all processes."""
     clock = [time.perf_counter()]
     rollouts = rollout(model, tokenizer, questions, search, cfg)
     clock.append(time.perf_counter())
@@ -990,7 +1039,7 @@ def train_step(model, tokenizer, optimizer, questions: list[dict], search: Meter
         steps = [info_gains(v) for v in values]
     states = [[frozenset(p.id for found in r.retrieved[:t] for p in found) for t in range(len(r.boundaries))] for r in rollouts]
     clock.append(time.perf_counter())
-    finite = all(math.isfinite(b) for bs in beliefs for b in bs)
+    finite = all(gathered([math.isfinite(b) for bs in beliefs for b in bs]))
     groups = [slice(i, i + cfg.group) for i in range(0, len(rollouts), cfg.group)]
     returns = [r for g in groups for r in credit(steps[g], outcomes[g], states[g], cfg, progress)] if finite else [[0.0] * len(b) for b in beliefs]
     for r, R in zip(rollouts, returns):
@@ -1007,6 +1056,7 @@ def train_step(model, tokenizer, optimizer, questions: list[dict], search: Meter
             optimizer.zero_grad(set_to_none=True)
             pick = lambda values: [values[i] for i in part]
             total = accumulate_gradient(model, pick(rollouts), pick(old), pick(ref), pick(returns), cfg)
+            total["loss"] = average_gradient(parameters, len(part), total["loss"])
             total["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
             first_ratio = total["ratio"] if first_ratio is None else first_ratio
             if math.isfinite(total["loss"]) and math.isfinite(total["grad_norm"]):
@@ -1018,6 +1068,11 @@ def train_step(model, tokenizer, optimizer, questions: list[dict], search: Meter
     model.eval()
     clock.append(time.perf_counter())
 
+    # Every process makes the same row, of all rollouts, and so comes to the same decisions.
+    rollouts, asked, beliefs, outcomes, gains, returns = zip(*gathered(list(zip(rollouts, asked, beliefs, outcomes, gains, returns))))
+    groups = [slice(i, i + cfg.group) for i in range(0, len(rollouts), cfg.group)]
+    searches, failed, extra_tokens = map(sum, zip(*gathered([(search.queries, search.failed, extra_tokens)])))
+    ratios, totals = gathered([first_ratio]), gathered(totals)
     tokens = sum(t["tokens"] for t in totals) or 1
     flat = [g for gs in gains for g in gs]
     spread = [R[t] for r, R in zip(rollouts, returns) for t in r.policy_turns]
@@ -1031,10 +1086,10 @@ def train_step(model, tokenizer, optimizer, questions: list[dict], search: Meter
         **{f"stop_{why}": mean(r.stop == why for r in rollouts) for why in ("answer", "format", "length", "turns")},
         "no_signal_outcome": mean(silent),
         "no_signal_igpo": mean(quiet and std(x for gs in gains[g] for x in gs) <= STD_FLOOR for quiet, g in zip(silent, groups)),
-        "ratio_start": first_ratio, "clip_fraction": sum(t["clipped"] for t in totals) / tokens, "kl": sum(t["kl"] for t in totals) / tokens,
+        "ratio_start": max(ratios, key=lambda x: abs(x - 1)) if finite else None, "clip_fraction": sum(t["clipped"] for t in totals) / tokens, "kl": sum(t["kl"] for t in totals) / tokens,
         "entropy": sum(t["entropy"] for t in totals) / tokens, "loss": mean(t["loss"] for t in totals), "grad_norm": mean(t["grad_norm"] for t in totals),
         "skipped": skipped + (not finite), "policy_tokens": sum(sum(r.mask) for r in rollouts), "generated_tokens": sum(sum(r.mask) for r in rollouts) + extra_tokens,
-        "searches": search.queries, "failed_searches": search.failed,
+        "searches": searches, "failed_searches": failed,
         "seconds": clock[4] - clock[0], "seconds_rollout": clock[1] - clock[0] - search.seconds, "seconds_search": search.seconds,
         "seconds_score": clock[2] - clock[1], "seconds_credit": clock[3] - clock[2], "seconds_update": clock[4] - clock[3], "peak_memory_mb": peak_memory_mb(),
     }
@@ -1085,10 +1140,15 @@ def memory_line(model, cfg: Config) -> str:
 
 
 def train(cfg: Config) -> Path:
-    """The whole run; returns its folder. Ctrl-C or SIGTERM: the weights of the last whole step are saved."""
+    """The whole run; returns its folder. Ctrl-C, SIGTERM or an error, of this process or another: the weights of the last whole step are saved."""
+    rank = process()[0]
+    if rank:
+        gathered([])      # the first process goes first: what it downloads and indexes the others find
     questions, dev = load_train(cfg.train), load_questions(locate(cfg.dev))[:cfg.eval_questions]
     search = MeteredSearch(open_run_search(cfg))
     model, tokenizer = load_model(cfg)
+    if not rank:
+        gathered([])
     check_data(tokenizer, questions, model, cfg)
     if cfg.credit == "stepsearch":
         questions = with_supporting_texts(questions, cfg)
@@ -1097,20 +1157,25 @@ def train(cfg: Config) -> Path:
     out, done, skipped = Path(cfg.resume or cfg.out), 0, 0
     if cfg.resume:
         done, skipped = load_checkpoint(out, model, optimizer, data)
-        for name in ("metrics.jsonl", "rollouts.jsonl"):                                     # what came after the checkpoint is done again
+    if not rank:
+        out.mkdir(parents=True, exist_ok=bool(cfg.resume))
+        for name in ("metrics.jsonl", "rollouts.jsonl") if cfg.resume else ():               # what came after the checkpoint is done again
             kept = [line for line in (out / name).read_text(encoding="utf-8").splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= done]
             write_whole(out / name, "".join(kept))
-    else:
-        out.mkdir(parents=True)
-    write_whole(out / "config.json", json.dumps(asdict(replace(cfg, resume="", out=str(out))), indent=1) + "\n")
+        write_whole(out / "config.json", json.dumps(asdict(replace(cfg, resume="", out=str(out))), indent=1) + "\n")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.2f}M of them LoRA, {model.dtype} on {model.device.type}. "
           f"{len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, steps {done + 1} to {cfg.steps}. Results go to {out}.\n{memory_line(model, cfg)}", flush=True)
 
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as metrics, open(out / "rollouts.jsonl", "a", encoding="utf-8") as kept:
+    opened = lambda name: open(os.devnull if rank else out / name, "a", encoding="utf-8")    # the first process writes for all
+    with opened("metrics.jsonl") as metrics, opened("rollouts.jsonl") as kept:
         def log(file, row):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
+
+        def save():
+            if not rank:
+                save_checkpoint(out, model, whole, cfg, data)
 
         def stop(number, frame):
             signal.signal(number, signal.SIG_IGN)      # once is enough: what follows is the saving
@@ -1118,7 +1183,7 @@ def train(cfg: Config) -> Path:
         handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         whole = snapshot(model, optimizer, done, skipped)                                   # as of the last whole step
         saved = done if cfg.resume else None
-        bar = tqdm(total=cfg.steps, initial=done, unit="step", dynamic_ncols=True, disable=None)
+        bar = tqdm(total=cfg.steps, initial=done, unit="step", dynamic_ncols=True, disable=bool(rank) or None)
         try:
             if done == 0 and cfg.eval_every:
                 row = {"step": 0, **evaluate(model, tokenizer, dev, search, cfg)}
@@ -1126,7 +1191,8 @@ def train(cfg: Config) -> Path:
                 bar.write(f"before training: dev F1 {row['eval_f1']:.3f}, EM {row['eval_em']:.3f}, {row['eval_turns']:.1f} turns")
             for step in range(done + 1, cfg.steps + 1):
                 search.reset()
-                row, records = train_step(model, tokenizer, optimizer, step_questions(questions, step, cfg), search, cfg, (step - 1) / max(cfg.steps - 1, 1))
+                torch.manual_seed(random.Random(f"{cfg.seed}-{step}-{rank}").getrandbits(63))     # the step tells all: a resumed run goes on as it would have
+                row, records = train_step(model, tokenizer, optimizer, share(step_questions(questions, step, cfg)), search, cfg, (step - 1) / max(cfg.steps - 1, 1))
                 row = {"step": step, **row, "skipped": whole["skipped"] + row["skipped"]}
                 if row["skipped"] > whole["skipped"]:
                     bar.write(f"step {step}: a belief, the loss or the gradient was not finite; {row['skipped']} updates skipped so far")
@@ -1139,7 +1205,7 @@ def train(cfg: Config) -> Path:
                     log(kept, {**r, "step": step})
                 whole = snapshot(model, optimizer, step, row["skipped"])
                 if step % cfg.save_every == 0 or step == cfg.steps or too_many:
-                    save_checkpoint(out, model, whole, cfg, data)
+                    save()
                     saved = step
                 bar.update()
                 bar.write(summary(row))
@@ -1148,11 +1214,15 @@ def train(cfg: Config) -> Path:
                 if too_many:
                     raise UserError(f"step {step}: {failed} of {row['searches']} searches failed ({search.last_error}). Stopped and saved; "
                                     f"when the search works again: python igpo.py --resume {out}")
-        except KeyboardInterrupt:
+        except BaseException as e:      # with torchrun an error elsewhere comes as a broken connection, or as SIGTERM
+            for s in handlers:
+                signal.signal(s, signal.SIG_IGN)
             if saved != whole["step"]:
                 restore(model, optimizer, whole)
-                save_checkpoint(out, model, whole, cfg, data)
-            bar.write(f"interrupted; step {whole['step']} is saved. Go on with: python igpo.py --resume {out}")
+                save()
+            bar.write(f"{'interrupted' if isinstance(e, KeyboardInterrupt) else 'stopped by an error'}; step {whole['step']} is saved. Go on with: python igpo.py --resume {out}")
+            if not isinstance(e, KeyboardInterrupt):
+                raise
         finally:
             bar.close()
             for s, handler in handlers.items():
@@ -1179,12 +1249,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def snapshot(model, optimizer, step: int, skipped: int) -> dict:
-    """All that training changes, in memory: adapter, optimizer, step (which is the data position too) and random states."""
+    """All that training changes, in memory: adapter, optimizer and step, which gives the questions and the random numbers too."""
     state = optimizer.state_dict()
     return {"step": step, "skipped": skipped, "adapter": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad},
-            "optimizer": {**state, "state": {i: {k: v.clone() for k, v in s.items()} for i, s in state["state"].items()}},
-            "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "mps_rng": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
+            "optimizer": {**state, "state": {i: {k: v.clone() for k, v in s.items()} for i, s in state["state"].items()}}}
 
 
 @torch.no_grad()
@@ -1194,11 +1262,6 @@ def restore(model, optimizer, state: dict) -> None:
     for name, value in state["adapter"].items():
         parameters[name].copy_(value)
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if torch.cuda.is_available() and state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-    if torch.backends.mps.is_available() and state["mps_rng"] is not None:
-        torch.mps.set_rng_state(state["mps_rng"])
 
 
 def save_checkpoint(out: Path, model, state: dict, cfg: Config, data: dict) -> None:
@@ -1371,7 +1434,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
         while not cfg.out and Path(name if n == 1 else f"{name}-{n}").exists() and not args.overwrite:
             n += 1
         cfg = replace(cfg, out=cfg.out or (name if n == 1 else f"{name}-{n}"))
-    least = {"questions": 1, "group": 2, "max_turns": 1, "max_new_tokens": 1, "top_k": 1, "mc_rollouts": 1, "steps": 0, "ppo_epochs": 1, "minibatches": 1,
+    least = {"questions": process()[1], "group": 2, "max_turns": 1, "max_new_tokens": 1, "top_k": 1, "mc_rollouts": 1, "steps": 0, "ppo_epochs": 1, "minibatches": 1,
              "rollout_batch": 1, "batch_tokens": 1, "save_every": 1, "eval_every": 0, "lora_rank": 1}
     for key, bound in least.items():
         if getattr(cfg, key) < bound:
@@ -1384,28 +1447,39 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     return cfg, args
 
 
+def prepare(argv: list[str] | None) -> Config | int | None:
+    """The configuration of a run whose folder may be made; or, if the command line asked for something else, its exit status when done."""
+    cfg, args = parse_config(argv)
+    if args.glossary:
+        return print("\n".join(f"{key:18} {text}" for key, text in METRICS.items()))
+    if args.explain:
+        return explain(cfg)
+    if args.check:
+        from benchmarks.check import check      # here, since it imports this file
+        return check(cfg)
+    out = Path(cfg.resume or cfg.out)
+    if not cfg.resume and out.exists():
+        if not args.overwrite:
+            raise UserError(f"--out {out}: exists. Go on with it (--resume {out}), choose another, or add --overwrite.")
+        shutil.rmtree(out)
+    print("\n".join(f"{key:24}{value}" for key, value in asdict(cfg).items() if value != ""))
+    return cfg
+
+
 def main(argv: list[str] | None = None) -> int:
     try:
-        cfg, args = parse_config(argv)
-        if args.glossary:
-            print("\n".join(f"{key:18} {text}" for key, text in METRICS.items()))
-        elif args.explain:
-            explain(cfg)
-        elif args.check:
-            from benchmarks.check import check      # here, since it imports this file
-            return check(cfg)
-        else:
-            out = Path(cfg.resume or cfg.out)
-            if not cfg.resume and out.exists():
-                if not args.overwrite:
-                    raise UserError(f"--out {out}: exists. Go on with it (--resume {out}), choose another, or add --overwrite.")
-                shutil.rmtree(out)
-            print("\n".join(f"{key:24}{value}" for key, value in asdict(cfg).items() if value != ""))
-            train(cfg)
+        join_processes()
+        if process()[0]:
+            sys.stdout = open(os.devnull, "w")                          # one process speaks ..
+        task, = gathered([] if process()[0] else [prepare(argv)])       # .. and sees what was there before any of them wrote
+        if isinstance(task, Config):
+            train(task)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (UserError, SearchError) as e:
         print(f"igpo: {e}", file=sys.stderr)
         return 2
-    return 0
+    return 0 if isinstance(task, Config) else task or 0
 
 
 if __name__ == "__main__":

@@ -665,7 +665,7 @@ def test_the_adapter_is_peft_s_own(run, demo):
     assert (before - tuned).abs().max() > 1e-4 and torch.allclose(tuned, merged, atol=1e-4)
 
 
-TIMES = {"seconds", "seconds_rollout", "seconds_search", "seconds_score", "seconds_update", "peak_memory_mb"}
+TIMES = {"seconds", "seconds_rollout", "seconds_search", "seconds_score", "seconds_credit", "seconds_update", "peak_memory_mb"}
 
 
 def same_run(a, b):
@@ -736,6 +736,99 @@ def test_a_dead_search_engine_stops_the_run_with_a_checkpoint(tmp_path, monkeypa
     said = capsys.readouterr().err
     assert "connection refused" in said and "--resume" in said and said.count("\n") == 1
     assert torch.load(tmp_path / "x" / "checkpoint" / "state.pt", weights_only=True)["step"] == 1
+
+
+# ---- many processes --------------------------------------------------------------------------------------------------
+
+
+def step_on(rollouts, questions):
+    """train_step() on rollouts that were made before. By SGD, since Adam makes as much of a gradient of rounding errors as of any other."""
+    cfg = Config(**igpo.DEMO, questions=len(questions), group=3)
+    model, tokenizer = igpo.load_model(cfg)
+    stir(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(igpo, "rollout", lambda model, tokenizer, questions, search, cfg: [r for q in questions for r in rollouts[q["id"]]])
+        row, records = igpo.train_step(model, tokenizer, optimizer, igpo.share(questions), igpo.MeteredSearch(None), cfg, 0.0)
+    return row, records, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+WORKER = """
+import os, sys
+import torch
+import igpo, test_igpo
+igpo.join_processes()
+folder, rank = sys.argv[1], igpo.process()[0]
+torch.save(test_igpo.step_on(*torch.load(folder + "/given.pt", weights_only=False)), f"{folder}/{rank}.pt")
+honest, calls = igpo.train_step, []
+def dies(*args):
+    calls.append(1)
+    if rank == 1 and len(calls) == 3:
+        os._exit(1)
+    return honest(*args)
+igpo.train_step = dies
+sys.exit(igpo.main([*test_igpo.SMALL, "--steps", "4", "--save_every", "100", "--out", folder + "/run"]))
+"""
+
+
+def torchrun(*command):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, command)],
+                          capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, demo):
+    """Two processes take a step on given rollouts of three questions, then train until one of them dies in its third step."""
+    model, tokenizer, search, questions, cfg = demo
+    folder = tmp_path_factory.mktemp("two")
+    torch.manual_seed(7)
+    given = {q["id"]: rollout(model, tokenizer, [q], search, cfg) for q in questions[:3]}
+    torch.save((given, questions[:3]), folder / "given.pt")
+    (folder / "worker.py").write_text(WORKER)
+    return folder, torchrun(folder / "worker.py", folder)
+
+
+def test_two_processes_make_the_update_of_one(two_processes):
+    """One has one group, the other two: each rollout counts alike all the same."""
+    folder, ran = two_processes
+    given, questions = torch.load(folder / "given.pt", weights_only=False)
+    row, records, adapter = step_on(given, questions)
+    for rank in range(2):
+        its_row, its_records, its_adapter = torch.load(folder / f"{rank}.pt", weights_only=False)
+        assert {k: v for k, v in its_row.items() if k not in TIMES} \
+            == {k: pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in row.items() if k not in TIMES}
+        assert [(r["id"], r["stop"], r["turns"][0]["text"]) for r in its_records] == [(r["id"], r["stop"], r["turns"][0]["text"]) for r in records]
+        assert all(torch.allclose(adapter[n], its_adapter[n], atol=1e-6, rtol=0) for n in adapter)
+    before = igpo.load_model(Config(**igpo.DEMO))[0]
+    stir(before)
+    assert max((p - adapter[n]).abs().max() for n, p in before.named_parameters() if p.requires_grad) > 1e-3
+
+
+def test_a_process_that_dies_ends_the_run_with_a_checkpoint_and_one_process_goes_on(two_processes, capsys):
+    folder, ran = two_processes
+    out = folder / "run"
+    assert ran.returncode != 0 and torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
+    assert ran.stdout.count("step    1") == ran.stdout.count("step    2") == 1 and "step 2 is saved" in ran.stdout      # one of them speaks
+    assert igpo.main(["--resume", str(out)]) == 0
+    rows, kept = rows_of(out), rows_of(out, "rollouts.jsonl")
+    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4] and Counter(k["step"] for k in kept) == {step: 4 for step in range(1, 5)}
+    for r in rows[1:]:
+        mine = [k for k in kept if k["step"] == r["step"]]
+        asked = igpo.step_questions(igpo.load_questions(f"{HERE}/demo/train.jsonl"), r["step"], Config(questions=2))
+        assert [k["id"] for k in mine] == [q["id"] for q in asked for _ in range(2)]
+        assert r["policy_tokens"] == sum(k["policy_tokens"] for k in mine) and r["searches"] == sum(t["query"] is not None for k in mine for t in k["turns"])
+        assert abs(r["ratio_start"] - 1) < 1e-4
+    texts = [[t["text"] for t in k["turns"]] for k in kept if k["step"] == 1]
+    assert texts[0] != texts[2] and texts[1] != texts[3]                              # the two did not draw the same numbers
+
+
+def test_two_processes_evaluate_as_one(tmp_path):
+    for name, run in (("one", lambda *c: subprocess.run([sys.executable, *map(str, c)], capture_output=True, text=True)), ("two", torchrun)):
+        ran = run(HERE / "eval.py", "--limit", "5", "--out", tmp_path / name)
+        assert ran.returncode == 0, ran.stderr
+    one, two = ([{k: v for k, v in row.items() if k != "beliefs"} | {"turns": [(t["text"], t["query"]) for t in row["turns"]]} for row in rows_of(tmp_path / n, "rollouts.jsonl")]
+                for n in ("one", "two"))
+    assert len(one) == 5 and one == two
 
 
 def test_explain_walks_through_the_equations(capsys):
