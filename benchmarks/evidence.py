@@ -32,14 +32,14 @@ MAIN = {
     "grpo": {"credit": "grpo"},
     "igpo v2 (paper)": {"gain": "logprob", "norm": "separate"},
     "stepsearch": {"credit": "stepsearch"},
-    "reasonrag": {"credit": "reasonrag", "mc_rollouts": 2},
+    "reasonrag": {"credit": "reasonrag", "mc_rollouts": 1},
     "gigpo": {"credit": "gigpo", "gamma": 0.95},
 }
 ABLATION = {
     "gains only": {"credit": "ig"},
     "prob, joint (v1)": {"gain": "prob", "norm": "joint"},
     "prob, separate": {"gain": "prob", "norm": "separate"},
-    "logprob, turn": {"gain": "logprob", "norm": "turn"},
+    "prob, turn": {"gain": "prob"},
     "logprob, scale": {"gain": "logprob", "norm": "scale"},
     "prob, scale": {"gain": "prob", "norm": "scale"},
     "reference's belief": {"belief": "reference"},
@@ -47,7 +47,7 @@ ABLATION = {
     "gamma 0.5": {"gamma": 0.5},
     "curriculum": {"curriculum": True},
 }
-COMMON = dict(steps=40, questions=8, group=8, eval_every=5, eval_questions=120, save_every=40, show_every=0)
+COMMON = dict(steps=20, questions=8, group=8, eval_every=5, eval_questions=60, show_every=0)
 
 
 def write_questions(folder: Path) -> None:

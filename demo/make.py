@@ -1,6 +1,6 @@
 """Make everything in this folder, deterministically: an invented world, and a tiny policy to search it.
 
-    python demo/make.py                      # all of it, about 40 minutes on two cores
+    python demo/make.py                      # all of it, about a quarter of an hour on two cores
     python demo/make.py --only data          # corpus.jsonl, train.jsonl, dev.jsonl, test.jsonl (a second)
     python demo/make.py --only policy        # policy/
     python demo/make.py --only diagnostics   # diagnostics.json: what the warm start can and cannot do (a minute)
@@ -40,6 +40,7 @@ import statistics
 import sys
 import time
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -318,14 +319,17 @@ def check_tokenizer(tokenizer):
 #
 # Scripted searchers, in worlds drawn afresh so that no fact of the committed one is ever seen, write trajectories with
 # igpo.py's own tokens. A turn says what it looks up, in the words of question and page: "I look up the ship's captain Mara
-# Veldric." Two things are learned at once, each with a mean of its own, summed:
-#   searcher   the policy's own text of a poor searcher's trajectory, its bad choices included
-#   reader     the gold answer under igpo.py's probe at *every* boundary, on poor trajectories (so the reader meets wrong
-#              pages as often as the searcher errs, and is calibrated on them) and on ones that follow the chain
+# Veldric." Each of these has a mean of its own, and the losses are summed:
+#   searcher   the policy's own text
+#   reader     the gold answer under igpo.py's probe at *every* boundary, on ones that follow the chain and on poor ones (so
+#              that the reader meets wrong pages as often as the searcher errs, and is calibrated on them)
+#   plan       the words for whom to look up, which the question alone decides
+# The policy is made a good searcher first and then, briefly, taught the habits of a poor one. So what training with rewards
+# has to do here is to unlearn habits and bring back a skill that is still there below them; it cannot be said to find one.
 
-RIGHT_FIRST, RIGHT_NEXT = 0.7, 0.35        # how often the poor searcher looks up the next entity of the chain: the ship, a person
+RIGHT_FIRST, RIGHT_NEXT = 0.4, 0.45        # how often the poor searcher looks up the next entity of the chain: the ship, a person
 HABIT = 0.75                               # else: the person named first on the page this often, anyone on it otherwise
-STOP, STOP_DONE = 0.1, 0.6               # how often it answers after a search, before and after it has read the whole chain
+STOP, STOP_DONE = 0.1, 0.8                 # how often it answers after a search, before and after it has read the whole chain
 MAX_TURNS = 6
 
 
@@ -361,7 +365,7 @@ def scripted_rollout(tokenizer, world, search, question: dict, rng: random.Rando
     read, relation = [], ""
     for turn in range(MAX_TURNS):
         done = set(question["chain"]) <= set(read)
-        stop = done if gold_path else turn > 0 and rng.random() < (STOP_DONE if done else STOP)
+        stop = turn > 0 and rng.random() < (STOP_DONE if done else 0 if gold_path else STOP)
         if stop or turn == MAX_TURNS - 1:
             r.write(igpo.encode(tokenizer, f"\n{ENOUGH}\n</think>\n<answer>\n{question['answers'][0]}\n</answer>"), True, turn)
             r.answer, r.stop = question["answers"][0], "answer"
@@ -392,19 +396,25 @@ def training_row(tokenizer, rollout, gold: str, learn_searching: bool) -> tuple[
     return row, [SEARCHER if j < len(rollout.ids) else READER for j in row["targets"]]
 
 
-def last_page(tokenizer, world, question: dict):
-    """The gold path's last search alone, as if the pages before it were known: to read one page comes before all else."""
+def page_row(tokenizer, world, question: dict, at: int) -> tuple[dict, list[int]]:
+    """Page `at` of the gold path alone, as if those before were known. Targets: what is looked up next, and the answer."""
     import igpo
     from search_tool import Passage
 
-    prompt, page = igpo.encode_prompt(tokenizer, question["question"]), Passage(**world.page_of[question["chain"][-1]])
+    relations, chain = ["", "ship", *question["relations"]], question["chain"]
+    prompt, page = igpo.encode_prompt(tokenizer, question["question"]), Passage(**world.page_of[chain[at]])
     r = igpo.Rollout(list(prompt), [0] * len(prompt), [-1] * len(prompt), [], retrieved=[[page]])
-    r.write(look_up(tokenizer, *["ship", *question["relations"]][-3:-1], page.title) + igpo.encode_information(tokenizer, [page], None, 100), False, 0)
+    r.write(look_up(tokenizer, relations[at], relations[at + 1], page.title) + igpo.encode_information(tokenizer, [page], None, 100), False, 0)
     r.boundaries.append(len(r.ids))
-    return r
+    if at + 1 < len(chain):     # relation, given name, surname
+        turn = look_up(tokenizer, relations[at + 1], relations[at + 2], chain[at + 1])
+        where = turn.index(tokenizer.encode(f" {chain[at + 1]}")[0])
+        for i, token in enumerate(turn):
+            r.write([token], where - 1 <= i <= where + 1, 1)
+    return training_row(tokenizer, r, question["answers"][0], True)
 
 
-def plan_row(tokenizer, question: dict) -> dict:
+def plan_row(tokenizer, question: dict) -> tuple[dict, list[int]]:
     """The gold path without its pages; targets are the words for what is looked up, which the question alone decides."""
     import igpo
 
@@ -415,18 +425,61 @@ def plan_row(tokenizer, question: dict) -> dict:
         r.write(look_up(tokenizer, relations[turn], relations[turn + 1], title) + igpo.encode_information(tokenizer, [], None, 100), True, turn)
     row = igpo.one_pass(r, [], 0)
     words = {tokenizer.encode(" " + word)[0] for word in ("ship", *SHIP_RELATIONS, *PERSON_RELATIONS)}
-    return {**row, "targets": [j for j in row["targets"] if r.ids[j] in words]}
+    targets = [j for j in row["targets"] if r.ids[j] in words]
+    return {**row, "targets": targets}, [PLAN] * len(targets)
 
 
-STEPS, ROWS, LEARNING_RATE = 1400, 32, 2e-3
-# Until this step: share of rows that are last pages, plans, and rollouts that follow the chain, and whether these teach to search as
-# well; the other rows are a poor searcher's. To read one page and to follow the question's words come first, in short rows: in
-# whole rollouts from the start neither is learned. A reader must know the right next word to tell a wrong page from a right one.
-MIXTURE = ((300, 0.5, 0.5, 0.0, False), (900, 0.125, 0.125, 0.5, True), (STEPS, 0.0, 0.0, 0.25, False))
+@dataclass
+class Stage:
+    """A part of the warm start. Shares are of the rows of a step; what they leave are a poor searcher's rollouts."""
+    steps: int
+    first_lr: float
+    last_lr: float
+    plans: float = 0.0      # the words of the question, pages left out
+    pages: float = 0.0      # one page, two times in three the last
+    taught: float = 0.0     # the gold path, to read and to search
+    read: float = 0.0       # the gold path, to read only
+    poor: bool = False      # whether the poor searcher is imitated; else its pages are only read
+
+
+ROWS = 32
+# First the parts, in short rows; then a good searcher, since only who knows the right next word can tell a wrong page from a
+# right one; last and briefly the poor one. A long poor stage would wipe out what reinforcement is to bring back.
+STAGES = (Stage(225, 1.5e-3, 1e-3, plans=0.15, pages=0.85),
+          Stage(600, 1.5e-3, 1e-4, plans=0.05, pages=0.2, taught=0.5),
+          Stage(75, 3e-4, 3e-5, read=0.35, poor=True))
+
+
+def wire_induction_head(model, tokenizer):
+    """Start from what such models take long to find (induction heads: Olsson et al., 2022), to be made in minutes on a laptop.
+
+    A head of the first layer looks one token back (position alone decides, by its biases) and writes what it sees, turned
+    into a space of its own. A head of the second looks there for the token it stands on, so that it finds what followed
+    this token before. From the second layer on heads write what they read. Two such steps copy a name from a page.
+    """
+    import torch
+    layers, hidden = model.model.layers, model.config.hidden_size
+    first, second, size = layers[0].self_attn, layers[1].self_attn, model.config.head_dim
+    vectors, frequencies = model.get_input_embeddings().weight, model.model.rotary_emb.inv_freq
+    turn = torch.linalg.qr(torch.randn(hidden, hidden))[0]
+    with torch.no_grad():
+        vectors *= 2
+        for name in names():   # with and without a space before it
+            vectors[tokenizer.encode(" " + name)] = vectors[tokenizer.encode(name)]
+        for layer in layers:
+            layer.mlp.down_proj.weight *= 0.35
+        first.o_proj.weight *= 0.35
+        for layer in layers[1:]:
+            layer.self_attn.o_proj.weight.copy_(2 * layer.self_attn.v_proj.weight.T)
+        first.q_proj.bias[:size] = 8 * torch.cat([torch.ones(size // 2), torch.zeros(size // 2)])
+        first.k_proj.bias[:size] = 8 * torch.cat([frequencies.cos(), frequencies.sin()])    # rotary positions turn it onto the query one token on
+        first.o_proj.weight[:, :size] = 0.6 * turn @ first.v_proj.weight[:size].T
+        second.q_proj.weight[:size] = 5 * first.v_proj.weight[:size]
+        second.k_proj.weight[:size] = second.q_proj.weight[:size] @ turn.T
 
 
 def make_policy(folder: Path, tokenizer, hidden: int = 128, layers: int = 4):
-    """Train the policy from nothing (about half an hour on two cores) and save it as an ordinary Hugging Face model folder."""
+    """Train the policy from nothing (about a quarter of an hour on two cores) and save it as an ordinary Hugging Face model folder."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -436,54 +489,59 @@ def make_policy(folder: Path, tokenizer, hidden: int = 128, layers: int = 4):
     torch.manual_seed(0)
     rng = random.Random("warm start")
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.04,
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, head_dim=32, max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True, initializer_range=0.04,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    with torch.no_grad():   # a name begins with one vector for its two tokens, so that a copy from a page fits an answer, which has no space before it
-        vectors = model.get_input_embeddings().weight
-        for name in names():
-            vectors[tokenizer.encode(" " + name)] = vectors[tokenizer.encode(name)]
+    wire_induction_head(model, tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, max(0.02, 1 - i / STEPS)))
-    start, means = time.time(), torch.zeros(3)
-    for step in range(STEPS):
-        if step % 10 == 0:
-            world = World(1 + step // 10)
-            search = BM25([Passage(**page) for page in world.pages])
-            questions = world.questions("all", 10 * ROWS)
-        _, alone, plans, on_chain, schooling = next(part for part in MIXTURE if step < part[0])
-        rows, kinds = [], []
-        for i in range(ROWS):
-            question = questions[step % 10 * ROWS + i]
-            if i < plans * ROWS:
-                row = plan_row(tokenizer, question)
-                kind = [PLAN] * len(row["targets"])
-            elif i < (plans + alone) * ROWS:
-                row, kind = training_row(tokenizer, last_page(tokenizer, world, question), question["answers"][0], False)
-            else:
-                poor = i >= (plans + alone + on_chain) * ROWS
-                rollout = scripted_rollout(tokenizer, world, search, question, rng, not poor)
-                row, kind = training_row(tokenizer, rollout, question["answers"][0], poor or schooling)
-            rows.append(row)
-            kinds.append(torch.tensor(kind))
-        counts = torch.bincount(torch.cat(kinds), minlength=3).clamp(min=1)
-        for batch in igpo.by_tokens([len(row["ids"]) for row in rows], 2048):
-            scores = torch.cat(igpo.token_logps(model, [rows[i] for i in batch], 1.0))
-            kind = torch.cat([kinds[i] for i in batch])
-            losses = torch.stack([-scores[kind == k].sum() for k in range(3)]) / counts
-            losses.sum().backward()
-            means += losses.detach() / 50
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if (step + 1) % 50 == 0:
-            print(f"step {step + 1:5}  searcher {means[SEARCHER]:.3f}  reader {means[READER]:.3f}  plans {means[PLAN]:.3f}  {(time.time() - start) / (step + 1):.2f} s a step", flush=True)
-            means.zero_()
-        if (step + 1) % 200 == 0:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+    start, worlds = time.time(), 0
+    for number, stage in enumerate(STAGES, 1):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=stage.first_lr, betas=(0.9, 0.98), weight_decay=0.01)
+        slope = stage.last_lr / stage.first_lr - 1
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 30, 1) * (1 + slope * i / stage.steps))
+        sums = torch.zeros(2, 3)
+        for step in range(stage.steps):
+            if step % 10 == 0:
+                worlds += 1
+                world = World(worlds)
+                search = BM25([Passage(**page) for page in world.pages])
+                questions = world.questions("all", 10 * ROWS)
+            rows, kinds = [], []
+            for i in range(ROWS):
+                question = questions[step % 10 * ROWS + i]
+                part, gold = i / ROWS, question["answers"][0]
+                if part < stage.plans:
+                    row, kind = plan_row(tokenizer, question)
+                elif part < stage.plans + stage.pages:
+                    last = question["hops"] - 1
+                    row, kind = page_row(tokenizer, world, question, last if rng.random() < 0.6 else rng.randint(0, last))
+                elif part < stage.plans + stage.pages + stage.taught + stage.read:
+                    rollout = scripted_rollout(tokenizer, world, search, question, rng, True)
+                    row, kind = training_row(tokenizer, rollout, gold, stage.taught > 0)
+                else:
+                    rollout = scripted_rollout(tokenizer, world, search, question, rng, False)
+                    row, kind = training_row(tokenizer, rollout, gold, stage.poor)
+                rows.append(row)
+                kinds.append(torch.tensor(kind))
+            counts = torch.bincount(torch.cat(kinds), minlength=3).clamp(min=1)
+            for batch in igpo.by_tokens([len(row["ids"]) for row in rows], 2048):
+                scores = torch.cat(igpo.token_logps(model, [rows[i] for i in batch], 1.0))
+                kind = torch.cat([kinds[i] for i in batch])
+                losses = torch.stack([-scores[kind == k].sum() for k in range(3)])
+                (losses / counts).sum().backward()
+                sums[0] += losses.detach()
+            sums[1] += torch.bincount(torch.cat(kinds), minlength=3)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            if (step + 1) % 25 == 0:
+                searcher, reader, plan = (sums[0] / sums[1].clamp(min=1)).tolist()
+                print(f"stage {number} step {step + 1:4}  nats a token: searcher {searcher:.3f}  reader {reader:.3f}  plan {plan:.3f}  {time.time() - start:.0f} s", flush=True)
+                sums.zero_()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
