@@ -957,12 +957,13 @@ def test_demo_diagnostics_say_good_reader_poor_searcher():
     for hops, path in d["wrong_path"].items():
         assert path[0] - 1 < path[-1] < path[0] + 0.2, (hops, path)                                        # neither sure of a wrong page nor shattered by it
     for turn, g in d["gains"].items():
-        assert g["prob_right"] > g["prob_wrong"] + 0.03 and g["logprob_right"] > g["logprob_wrong"] + 0.3, (turn, g)
+        if g["right_share"]:     # the warm start's fifth search is never right
+            assert g["prob_right"] > g["prob_wrong"] + 0.03 and g["logprob_right"] > g["logprob_wrong"] + 0.3, (turn, g)
         # Calibrated, a belief could not fall on average. This reader's does not in the first two turns; later it falls a little,
         # most of all where a search goes on after the answer was read.
-        assert g["prob"] >= (0 if int(turn) <= 2 else -0.02), (turn, g)
+        assert g["prob"] >= (0 if int(turn) <= 2 else -0.03), (turn, g)
     assert d["guess"]["em_at_once"] <= 0.02 and d["guess"]["most_common_answer"] <= 0.01
-    assert 0.02 < d["f1"]["all"]["greedy"] < 0.25 and d["f1"]["2"]["sampled"] > d["f1"]["4"]["sampled"]
+    assert 0.02 < d["f1"]["all"]["greedy"] < 0.15 and d["f1"]["2"]["sampled"] > d["f1"]["4"]["sampled"]
 
 
 def test_demo_policy_is_the_one_that_was_diagnosed(make, demo):
