@@ -31,6 +31,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -47,6 +49,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -917,9 +920,12 @@ def transcript(row: dict) -> str:
 
 
 def evaluate(model, tokenizer, questions: list[dict], search, cfg: Config) -> dict:
-    """Greedy rollouts, one a question: mean F1, exact match and turns."""
+    """Greedy rollouts, one a question: mean F1, exact match and turns; no figures, and a line that says so, if the search is down."""
     rollouts = rollout(model, tokenizer, questions, search, replace(cfg, group=1, temperature=0.0))
-    n = len(questions)
+    n, errors = len(questions), [e for r in rollouts for e in r.errors]
+    if sum(map(bool, errors)) > cfg.max_failed_searches * len(errors):
+        tqdm.write(f"no evaluation: {sum(map(bool, errors))} of {len(errors)} searches failed ({max(errors)})")
+        return {}
     return {"eval_f1": sum(f1_score(r.answer, q["answers"]) for r, q in zip(rollouts, questions)) / n,
             "eval_em": sum(exact_match(r.answer, q["answers"]) for r, q in zip(rollouts, questions)) / n,
             "eval_turns": sum(len(r.boundaries) for r in rollouts) / n}
@@ -1025,19 +1031,22 @@ def train(cfg: Config) -> Path:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0.0)
     data = {name: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for name, rows in (("train", questions), ("dev", dev))}
     out, done, skipped = Path(cfg.resume or cfg.out), 0, 0
-    if cfg.resume:
-        done, skipped = load_checkpoint(out, model, optimizer, data)
-        for name in ("metrics.jsonl", "rollouts.jsonl"):                                     # what came after the checkpoint is done again
-            kept = [line for line in (out / name).read_text(encoding="utf-8").splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= done]
-            write_whole(out / name, "".join(kept))
-    else:
-        out.mkdir(parents=True)
-    write_whole(out / "config.json", json.dumps(asdict(replace(cfg, resume="", out=str(out))), indent=1) + "\n")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.2f}M of them LoRA, {model.dtype} on {model.device.type}. "
-          f"{len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, steps {done + 1} to {cfg.steps}. Results go to {out}.", flush=True)
+    if not cfg.resume:
+        try:
+            out.mkdir(parents=True)
+        except OSError as e:
+            raise UserError(f"--out {out}: cannot be made ({e.strerror}).") from None
+    with open_alone(out / "metrics.jsonl") as metrics, open(out / "rollouts.jsonl", "a", encoding="utf-8") as kept:
+        if cfg.resume:
+            done, skipped = load_checkpoint(out, model, optimizer, data)
+            for file in (metrics, kept):                      # what came after the checkpoint is done again, the evaluation before step 1 too
+                lines = Path(file.name).read_bytes().splitlines(True)
+                file.truncate(sum(map(len, takewhile(lambda line: done and line.endswith(b"\n") and json.loads(line)["step"] <= done, lines))))
+        write_whole(out / "config.json", json.dumps(asdict(replace(cfg, resume="", out=str(out))), indent=1) + "\n")
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.2f}M of them LoRA, {model.dtype} on {model.device.type}. "
+              f"{len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, steps {done + 1} to {cfg.steps}. Results go to {out}.", flush=True)
 
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as metrics, open(out / "rollouts.jsonl", "a", encoding="utf-8") as kept:
         def log(file, row):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
@@ -1053,7 +1062,8 @@ def train(cfg: Config) -> Path:
             if done == 0 and cfg.eval_every:
                 row = {"step": 0, **evaluate(model, tokenizer, dev, search, cfg)}
                 log(metrics, row)
-                bar.write(f"before training: dev F1 {row['eval_f1']:.3f}, EM {row['eval_em']:.3f}, {row['eval_turns']:.1f} turns")
+                if "eval_f1" in row:
+                    bar.write(f"before training: dev F1 {row['eval_f1']:.3f}, EM {row['eval_em']:.3f}, {row['eval_turns']:.1f} turns")
             for step in range(done + 1, cfg.steps + 1):
                 search.reset()
                 row, records = train_step(model, tokenizer, optimizer, step_questions(questions, step, cfg), search, cfg, (step - 1) / max(cfg.steps - 1, 1))
@@ -1078,10 +1088,16 @@ def train(cfg: Config) -> Path:
                 if too_many:
                     raise UserError(f"step {step}: {failed} of {row['searches']} searches failed ({search.last_error}). Stopped and saved; "
                                     f"when the search works again: python igpo.py --resume {out}")
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, MemoryError, RuntimeError) as e:
+            full = isinstance(e, MemoryError) or re.search("out of memory|allocate memory", str(e))
+            if isinstance(e, RuntimeError) and not full:
+                raise
             if saved != whole["step"]:
                 restore(model, optimizer, whole)
                 save_checkpoint(out, model, whole, cfg, data)
+            if full:
+                raise UserError(f"step {whole['step'] + 1}: out of memory. Stopped, step {whole['step']} is saved; with less at a time: python igpo.py --resume {out} "
+                                f"--batch_tokens {max(cfg.batch_tokens // 2, 1)} --rollout_batch {max(cfg.rollout_batch // 2, 1)}") from None
             bar.write(f"interrupted; step {whole['step']} is saved. Go on with: python igpo.py --resume {out}")
         finally:
             bar.close()
@@ -1106,6 +1122,18 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def open_alone(path: Path):
+    """A log to append to, unless another run has it open: two runs in one folder would mix. kill -9 lets go of it too."""
+    file = open(path, "a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path.parent}: another run is at work in it. Wait until it has ended, or choose another --out.") from None
+    except OSError:     # a file system that knows no locks
+        pass
+    return file
 
 
 def snapshot(model, optimizer, step: int, skipped: int) -> dict:
@@ -1138,8 +1166,8 @@ def save_checkpoint(out: Path, model, state: dict, cfg: Config, data: dict) -> N
     try:
         model.save_pretrained(new)
         torch.save({**state, "data": data}, new / "state.pt")
-        shutil.rmtree(old, ignore_errors=True)
         if now.exists():
+            shutil.rmtree(old, ignore_errors=True)
             now.rename(old)
         new.rename(now)
     except Exception as e:    # OSError, or what safetensors and torch make of it
@@ -1264,7 +1292,8 @@ def with_supporting_texts(questions: list[dict], cfg: Config) -> list[dict]:
     return [{**q, "supporting_texts": [texts[i] for i in q["supporting"]]} for q in questions]
 
 
-RESUME_MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "show_every"}     # all else would make it another run
+RESUME_MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "show_every",      # all else would make it another run
+                     "rollout_batch", "batch_tokens", "gradient_checkpointing"}           # what the memory allows
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
@@ -1329,11 +1358,15 @@ def main(argv: list[str] | None = None) -> int:
             if not cfg.resume and out.exists():
                 if not args.overwrite:
                     raise UserError(f"--out {out}: exists. Go on with it (--resume {out}), choose another, or add --overwrite.")
+                if not (out / "metrics.jsonl").is_file():
+                    raise UserError(f"--overwrite: {out} is no run folder (there is no metrics.jsonl in it), so it is not deleted.")
+                open_alone(out / "metrics.jsonl").close()
                 shutil.rmtree(out)
             print("\n".join(f"{key:24}{value}" for key, value in asdict(cfg).items() if value != ""))
             train(cfg)
-    except (UserError, SearchError) as e:
-        print(f"igpo: {e}", file=sys.stderr)
+    except (UserError, SearchError, OSError) as e:
+        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        print(f"igpo: {first_line(e)}" + (f". Make room, then go on from the last checkpoint: --resume {cfg.resume or cfg.out}" if full else ""), file=sys.stderr)
         return 2
     return 0
 

@@ -7,6 +7,7 @@ import doctest
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import math
 import os
@@ -569,7 +570,7 @@ def test_the_adapter_is_peft_s_own(run, demo):
     assert (before - tuned).abs().max() > 1e-4 and torch.allclose(tuned, merged, atol=1e-4)
 
 
-TIMES = {"seconds", "seconds_rollout", "seconds_search", "seconds_score", "seconds_update", "peak_memory_mb"}
+TIMES = {key for key in igpo.METRICS if key.startswith("seconds")} | {"peak_memory_mb"}
 
 
 def same_run(a, b):
@@ -754,6 +755,287 @@ def test_readme_names_what_exists():
         assert set(re.findall(r"`(\w+)`", named)) <= tests and re.findall(r"`(\w+)`", named), row
     for key, meaning in igpo.METRICS.items():
         assert f"| `{key}` | {meaning} |" in text
+
+
+# ---- faults: whatever happens, the run goes on as if nothing had ------------------------------------------------------
+
+class Killed(BaseException):
+    """kill -9, as far as one process can tell: no `except Exception` sees it."""
+
+
+def files_that_fail_at(monkeypatch, model, at, error=Killed):
+    """Each file operation of a save is counted; the one at `at` is done by half, and then comes the error. Returns the count."""
+    count = [0]
+
+    def unreliable(owner, name, half):
+        honest = getattr(owner, name)
+
+        def operation(*args, **options):
+            count[0] += 1
+            if count[0] - 1 == at:
+                half(*args)
+                raise error
+            return honest(*args, **options)
+        monkeypatch.setattr(owner, name, operation)
+
+    def half_a_tree(path, *args):
+        for file in sorted(Path(path).glob("*"))[:2]:
+            file.unlink()
+
+    def half_an_adapter(self, path):
+        Path(path).mkdir(parents=True)
+        (path / "adapter_model.safetensors").write_bytes(b"torn")
+    unreliable(igpo.shutil, "rmtree", half_a_tree)
+    unreliable(torch, "save", lambda state, path: Path(path).write_bytes(b"PK torn"))
+    unreliable(Path, "rename", lambda *args: None)
+    unreliable(type(model), "save_pretrained", half_an_adapter)
+    return count
+
+
+def test_a_save_killed_at_every_file_operation(demo, tmp_path):
+    """Twice in a row, at every pair of moments: one of the last whole checkpoints is always there, adapter and state of the same step."""
+    model, _, _, _, cfg = demo
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    mark = next(p for n, p in model.named_parameters() if "lora_A" in n)
+    kept = mark.detach().clone()
+
+    def save(out, step, at=-1):
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            mark.fill_(step)
+            count = files_that_fail_at(patch, model, at)
+            with suppress(Killed):
+                igpo.save_checkpoint(out, model, igpo.snapshot(model, optimizer, step, 0), cfg, {})
+        return count[0]
+
+    def found(out):
+        from safetensors.torch import load_file
+        folder = igpo.find_checkpoint(out)
+        state = torch.load(folder / "state.pt", weights_only=True)
+        adapter = load_file(folder / "adapter_model.safetensors")
+        assert any((value == state["step"]).all() for value in adapter.values())
+        return state["step"]
+    try:
+        (tmp_path / "whole").mkdir()
+        save(tmp_path / "whole", 1)
+        moments, layouts = save(tmp_path / "whole", 2), set()
+        assert moments == 7 and found(tmp_path / "whole") == 2
+        for first in range(moments):
+            once = tmp_path / f"once{first}"
+            shutil.copytree(tmp_path / "whole", once)
+            save(once, 3, first)
+            step = found(once)
+            assert step in (2, 3)
+            layout = frozenset((p.relative_to(once), p.stat().st_size) for p in once.rglob("*"))
+            for second in range(moments if layout not in layouts else 0):
+                twice = tmp_path / "twice"
+                shutil.copytree(once, twice)
+                save(twice, 4, second)
+                assert found(twice) in (step, 4)
+                save(twice, 5)
+                assert found(twice) == 5 and [p.name for p in twice.iterdir()] == ["checkpoint"]
+                shutil.rmtree(twice)
+            layouts.add(layout)
+    finally:
+        with torch.no_grad():
+            mark.copy_(kept)
+
+
+def test_kill_9_at_random_moments(run, tmp_path):
+    """IGPO_KILLS times (default 3), each into the run that the last one left. Then it is finished, and is the run without a kill."""
+    rng, out = random.Random(int(os.environ.get("IGPO_SEED", 0))), tmp_path / "killed"
+    fresh = [*SMALL, "--steps", "4", "--out", str(out), "--overwrite"]
+    argv = fresh
+    for _ in range(int(os.environ.get("IGPO_KILLS", 3))):
+        child = subprocess.Popen([sys.executable, HERE / "igpo.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in child.stdout:
+            if "Results go to" in line:
+                break
+        time.sleep(rng.random() * 1.5)
+        child.kill()
+        child.communicate()
+        resumable = any((out / name / "state.pt").is_file() for name in ("checkpoint", "checkpoint.old"))
+        argv = ["--resume", str(out)] if resumable else fresh
+    assert igpo.main(argv) == 0
+    same_run(run, out)
+
+
+def full_disk(monkeypatch, when):
+    """The disk is full at that save or line, and has room again afterwards."""
+    (name, number), calls = when, []
+
+    def full():
+        calls.append(1)
+        if len(calls) == number:      # safetensors has an error of its own
+            raise RuntimeError("I/O error: No space left on device (os error 28)") if name == "save_pretrained" else OSError(28, "No space left on device")
+
+    class Log(io.TextIOWrapper):
+        def write(self, text):
+            full()
+            return super().write(text)
+    if name == "log":
+        monkeypatch.setattr(igpo, "open_alone", lambda path: Log(open(path, "ab"), encoding="utf-8"))
+    else:
+        owner = torch if name == "save" else igpo.PeftModel
+        honest = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **options: (full(), honest(*args, **options))[1])
+
+
+@pytest.mark.parametrize("when", [("save", 2), ("save_pretrained", 2), ("log", 3)])
+def test_a_full_disk_leaves_the_checkpoint_before(when, run, tmp_path, capsys):
+    out = tmp_path / "x"
+    with pytest.MonkeyPatch.context() as patch:
+        full_disk(patch, when)
+        assert igpo.main([*SMALL, "--steps", "4", "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "--resume" in said and said.count("\n") == 1
+    assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] == 1
+    assert igpo.main(["--resume", str(out)]) == 0
+    same_run(run, out)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), MemoryError(),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_in_the_update_saves_and_says_what_to_lower(error, run, tmp_path, capsys):
+    honest, calls, out = igpo.accumulate_gradient, [], tmp_path / "x"
+
+    def greedy(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return honest(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(igpo, "accumulate_gradient", greedy)
+        assert igpo.main([*SMALL, "--steps", "4", "--out", str(out), "--save_every", "100"]) == 2
+    said = capsys.readouterr().err
+    assert "step 3: out of memory" in said and f"--resume {out} --batch_tokens 8192" in said and said.count("\n") == 1
+    assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
+    assert igpo.main(["--resume", str(out), "--gradient_checkpointing"]) == 0
+    assert [r["step"] for r in rows_of(out)] == [0, 1, 2, 3, 4]
+    calls[:], error = [1, 1], RuntimeError("shapes differ")                       # any other fault is not dressed up
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="shapes differ"):
+        patch.setattr(igpo, "accumulate_gradient", greedy)
+        igpo.main([*SMALL, "--steps", "1", "--eval_every", "0", "--out", str(tmp_path / "y")])
+
+
+@pytest.mark.parametrize("planted", ["gradient", "belief"])
+def test_a_nan_is_skipped_counted_and_said(planted, tmp_path, monkeypatch, capsys):
+    calls = []
+    if planted == "gradient":
+        honest = igpo.accumulate_gradient
+
+        def spoiled(model, *rest):
+            stats = honest(model, *rest)
+            calls.append(1)
+            if len(calls) == 1:
+                next(p for p in model.parameters() if p.grad is not None).grad[0] = math.nan
+            return stats
+        monkeypatch.setattr(igpo, "accumulate_gradient", spoiled)
+    else:
+        honest = igpo.score
+
+        def spoiled(*args):
+            old, beliefs = honest(*args)
+            calls.append(1)
+            return old, [[math.nan] * len(b) for b in beliefs] if len(calls) == 1 else beliefs
+        monkeypatch.setattr(igpo, "score", spoiled)
+    assert igpo.main([*SMALL, "--steps", "2", "--out", str(tmp_path / "x")]) == 0
+    assert [r["skipped"] for r in rows_of(tmp_path / "x")[1:]] == [1, 1] and "not finite" in capsys.readouterr().out
+    adapter = adapter_of(tmp_path / "x")
+    assert all(torch.isfinite(v).all() for v in adapter.values()) and any((v != 0).any() for k, v in adapter.items() if "lora_B" in k)   # step 2 did learn
+
+
+def test_a_search_that_dies_flaps_or_is_slow(run, tmp_path, monkeypatch, capsys):
+    real, calls = open_search(f"bm25:{HERE}/demo/corpus.jsonl"), []
+    slow, dead = 0.0, lambda call: False
+
+    class Moody:
+        def search_many(self, queries, k):
+            calls.append(1)
+            time.sleep(slow)
+            return [Results(error="connection refused") if dead(len(calls)) else found for found in real.search_many(queries, k)]
+    monkeypatch.setattr(igpo, "open_search", lambda *a, **k: Moody())
+    dead = lambda call: True                                                     # from the start: no evaluation is made up
+    assert igpo.main([*SMALL, "--steps", "4", "--out", str(tmp_path / "start")]) == 2
+    said = capsys.readouterr()
+    assert "eval_f1" not in rows_of(tmp_path / "start")[0] and "no evaluation" in said.out and said.err.count("\n") == 1
+    calls.clear()
+    dead = lambda call: call > 14                                                # in the middle: stopped and saved, and goes on later
+    assert igpo.main([*SMALL, "--steps", "6", "--out", str(tmp_path / "middle")]) == 2
+    step = torch.load(tmp_path / "middle" / "checkpoint" / "state.pt", weights_only=True)["step"]
+    assert 1 <= step < 6 and f"step {step}: " in capsys.readouterr().err
+    dead = lambda call: False
+    assert igpo.main(["--resume", str(tmp_path / "middle")]) == 0
+    assert [r["step"] for r in rows_of(tmp_path / "middle")] == list(range(7))
+    dead, slow = lambda call: call % 3 == 0, 0.02                                # flapping, and slow: counted, timed, and the run goes on
+    calls.clear()
+    assert igpo.main([*SMALL, "--steps", "2", "--out", str(tmp_path / "flap"), "--eval_every", "0", "--max_failed_searches", "0.9"]) == 0
+    rows = rows_of(tmp_path / "flap")
+    assert 0 < sum(r["failed_searches"] for r in rows) < sum(r["searches"] for r in rows)
+    assert sum(r["seconds_search"] for r in rows) >= 0.02 * len(calls) and "searches failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_search_hangs(number, run, tmp_path, monkeypatch, capsys):
+    """The scheduler's SIGTERM: saved and out with 0 within 30 seconds, even from within a search that does not come back."""
+    real, calls, sent = open_search(f"bm25:{HERE}/demo/corpus.jsonl"), [], []
+
+    class Hangs:
+        def search_many(self, queries, k):
+            calls.append(1)
+            if len(calls) == 12:
+                sent.append(time.monotonic())
+                threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+                time.sleep(600)
+            return real.search_many(queries, k)
+    with monkeypatch.context() as patch:
+        patch.setattr(igpo, "open_search", lambda *a, **k: Hangs())
+        assert igpo.main([*SMALL, "--steps", "4", "--out", str(tmp_path / "x"), "--save_every", "100"]) == 0
+    assert time.monotonic() - sent[0] < 30 and f"--resume {tmp_path / 'x'}" in capsys.readouterr().out
+    assert igpo.main(["--resume", str(tmp_path / "x")]) == 0
+    same_run(run, tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["train", "dev"])
+def test_questions_that_change_under_a_resume(name, tmp_path, capsys):
+    for file in ("train", "dev"):
+        shutil.copy(HERE / f"demo/{file}.jsonl", tmp_path)
+    out = tmp_path / "x"
+    argv = [*SMALL, "--train", str(tmp_path / "train.jsonl"), "--dev", str(tmp_path / "dev.jsonl"), "--eval_every", "0", "--steps", "1", "--out", str(out)]
+    assert igpo.main(argv) == 0
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text(path.read_text().replace("?", "??", 1))
+    capsys.readouterr()
+    assert igpo.main(["--resume", str(out), "--steps", "2"]) == 2
+    err = capsys.readouterr().err
+    assert f"--{name}" in err and err.count("\n") == 1 and len(rows_of(out)) == 1
+
+
+def test_two_runs_in_one_folder(run, tmp_path, capsys):
+    out = tmp_path / "x"
+    shutil.copytree(run, out)
+    log = (out / "metrics.jsonl").read_bytes()
+    with igpo.open_alone(out / "metrics.jsonl"):                                 # as a run that is at work holds it
+        for argv in (["--resume", str(out), "--steps", "5"], [*SMALL, "--steps", "1", "--out", str(out), "--overwrite"]):
+            assert igpo.main(argv) == 2
+            err = capsys.readouterr().err
+            assert "another run is at work" in err and err.count("\n") == 1
+            assert (out / "metrics.jsonl").read_bytes() == log and (out / "checkpoint").is_dir()
+    assert igpo.main(["--resume", str(out), "--steps", "5"]) == 0
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1").write_text("years of work")
+    assert igpo.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "thesis"), "--overwrite"]) == 2      # and only run folders are ever deleted
+    assert "no run folder" in capsys.readouterr().err and (tmp_path / "thesis" / "chapter1").is_file()
+
+
+def test_a_clock_that_goes_back(tmp_path, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda clock=iter(range(10**9)): now - 3600 * next(clock))      # an hour earlier at each look
+    out = tmp_path / "x"
+    assert igpo.main([*SMALL, "--steps", "2", "--eval_every", "0", "--out", str(out)]) == 0
+    assert all(value >= 0 for row in rows_of(out) for key, value in row.items() if key.startswith("seconds"))
+    cache = search_tool.DiskCache(str(tmp_path / "cache.sqlite3"), "s", 86400.0)
+    cache.put({"q": Results([Passage("1", "t", "x")])}, 3)
+    assert cache.get(["q"], 3) == {"q": [Passage("1", "t", "x")]}                # what was learned "tomorrow" is still known
 
 
 # ---- --check: each thing that can go wrong, broken on purpose --------------------------------------------------------
