@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import gzip
 import hashlib
 import json
 import math
@@ -47,6 +48,7 @@ import sys
 import time
 import unicodedata
 import warnings
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import takewhile
@@ -163,33 +165,38 @@ class Rollout:
 
 
 def load_questions(path: str) -> list[dict]:
-    """Read jsonl: {"question", "answers": [..]} and optionally "id", "supporting"; FlashRAG's "golden_answers" is read too.
+    """Read .jsonl or .jsonl.gz: {"question", "answers": [..]}, optionally "id", "supporting"; FlashRAG's "golden_answers" is read too.
 
     Raises UserError with file and line for what cannot be used.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file. It should be jsonl with a question and its answers on each line.")
     rows = []
-    with open(path, encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as e:
-                raise UserError(f"{path}:{number}: not JSON ({e}).") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: a line must be an object like {{\"question\": .., \"answers\": [..]}}.")
-            answers = row.get("answers", row.get("golden_answers"))
-            answers = [answers] if isinstance(answers, str) else answers
-            if not isinstance(row.get("question"), str) or not row["question"].strip():
-                raise UserError(f"{path}:{number}: field \"question\" is missing or is not text.")
-            if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-                raise UserError(f"{path}:{number}: field \"answers\" is missing or is not a list of texts.")
-            answers = [a for a in answers if a.strip()]
-            if not answers:
-                raise UserError(f"{path}:{number}: no gold answer that is not empty.")
-            rows.append({**row, "id": str(row.get("id", number)), "answers": answers})
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+            lines = file.readlines()
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: cannot be read ({first_line(e)}). It should be jsonl with a question and its answers on each line.") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()      # half a surrogate pair is JSON, but could never be written down
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}:{number}: not JSON ({first_line(e)}).") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: a line must be an object like {{\"question\": .., \"answers\": [..]}}.")
+        answers = row.get("answers", row.get("golden_answers"))
+        answers, supporting = [answers] if isinstance(answers, str) else answers, row.get("supporting") or []
+        if not isinstance(row.get("question"), str) or not row["question"].strip():
+            raise UserError(f"{path}:{number}: field \"question\" is missing or is not text.")
+        if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+            raise UserError(f"{path}:{number}: field \"answers\" is missing or is not a list of texts.")
+        if not isinstance(supporting, list) or not all(isinstance(i, str) for i in supporting):
+            raise UserError(f"{path}:{number}: field \"supporting\" is not a list of passage ids.")
+        answers = [a for a in answers if a.strip()]
+        if not answers:
+            raise UserError(f"{path}:{number}: no gold answer that is not empty.")
+        rows.append({**row, "id": str(row.get("id", number)), "answers": answers})
     if not rows:
         raise UserError(f"{path}: no questions in it.")
     return rows
@@ -306,11 +313,11 @@ def load_model(cfg: Config, adapter: str = ""):
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
              "auto": torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32}[cfg.dtype]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        lm = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, dtype=dtype, attn_implementation="sdpa", **options)
     except ImportError as e:
         raise UserError(f"--model {cfg.model}: {first_line(e)}") from None
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # each library fails in its own way
         raise UserError(f"--model {cfg.model}: could not load {name} ({first_line(e)}). Offline, give a folder that holds config.json, "
                         "the safetensors and the tokenizer, or a .gguf file.") from None
     if getattr(lm.config, "sliding_window", None):  # within its window it is full attention: rollouts stay within, and neither cache nor score() slides
@@ -329,8 +336,12 @@ def load_model(cfg: Config, adapter: str = ""):
     if adapter:
         folder = Path(adapter) if (Path(adapter) / "adapter_config.json").is_file() else find_checkpoint(Path(adapter))
         try:
-            return PeftModel.from_pretrained(lm.to(device), folder).eval(), tokenizer
-        except (OSError, ValueError, RuntimeError) as e:
+            model = PeftModel.from_pretrained(lm.to(device), folder).eval()
+            loaded = model.load_adapter(folder, "default")      # again, for what it tells: layers that are missing or too many pass in silence
+            if loaded.missing_keys or loaded.unexpected_keys:
+                raise ValueError("it has other layers")
+            return model, tokenizer
+        except Exception as e:
             raise UserError(f"--adapter {adapter}: does not fit {cfg.model} ({first_line(e)}).") from None
     torch.manual_seed(cfg.seed)
     lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -1283,10 +1294,10 @@ def with_supporting_texts(questions: list[dict], cfg: Config) -> list[dict]:
     """The questions with the texts of their supporting passages, out of the BM25 corpus, as --credit stepsearch needs them."""
     if not cfg.search.startswith("bm25:"):
         raise UserError("--credit stepsearch looks supporting passages up in the corpus: it needs --search bm25:<corpus.jsonl>.")
-    wanted = {i for q in questions for i in q.get("supporting", [])}
+    wanted = {i for q in questions for i in q.get("supporting") or []}
     texts = {p.id: p.text for p in read_passages(locate(cfg.search[5:])) if p.id in wanted}
     for q in questions:
-        lacking = [i for i in q.get("supporting", []) if i not in texts]
+        lacking = [i for i in q.get("supporting") or [] if i not in texts]
         if lacking or not q.get("supporting"):
             raise UserError(f"--credit stepsearch: question {q['id']} of {cfg.train} " + (f"names passage {lacking[0]}, which the corpus lacks." if lacking else "names no supporting passages."))
     return [{**q, "supporting_texts": [texts[i] for i in q["supporting"]]} for q in questions]
@@ -1308,18 +1319,21 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     parser.add_argument("--explain", action="store_true", help="walk through Eq. 2-7 on one question, then stop")
     parser.add_argument("--check", action="store_true", help="try model, data and search before training: a table of checks, then stop; exit status 1 if one fails")
     parser.add_argument("--glossary", action="store_true", help="explain every metric, then stop")
+    parser.error = lambda message: parser.exit(2, f"igpo: {' '.join(message.split())}; --help lists the options\n")
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     if given.get("resume"):
         path = Path(given["resume"]) / "config.json"
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            cfg = Config(**before)
-        except (OSError, ValueError, TypeError) as e:
+            cfg = Config(**json.loads(path.read_text(encoding="utf-8")))
+            for f in fields(Config):
+                if not isinstance(getattr(cfg, f.name), str if isinstance(f.default, str) else (int, float)):
+                    raise ValueError(f"{f.name} is of a wrong type")
+        except (OSError, ValueError, TypeError, RecursionError) as e:
             raise UserError(f"--resume {given['resume']}: {path.name} cannot be read ({first_line(e)}). Is it a run folder?") from None
-        changed = [k for k, v in given.items() if k not in RESUME_MAY_CHANGE and before[k] != v]
+        changed = [k for k, v in given.items() if k not in RESUME_MAY_CHANGE and getattr(cfg, k) != v]
         if changed:
-            raise UserError(f"--resume: this run was started with --{changed[0]} {before[changed[0]]}. Leave the option out, or start a new run.")
+            raise UserError(f"--resume: this run was started with --{changed[0]} {getattr(cfg, changed[0])}. Leave the option out, or start a new run.")
         cfg = replace(cfg, **given)
     else:
         cfg = Config(**{**(DEMO if not given.get("model") else {}), **given})
@@ -1330,8 +1344,12 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
         while not cfg.out and Path(name if n == 1 else f"{name}-{n}").exists() and not args.overwrite:
             n += 1
         cfg = replace(cfg, out=cfg.out or (name if n == 1 else f"{name}-{n}"))
-    least = {"questions": 1, "group": 2, "max_turns": 1, "max_new_tokens": 1, "top_k": 1, "mc_rollouts": 1, "steps": 0, "ppo_epochs": 1, "minibatches": 1,
-             "rollout_batch": 1, "batch_tokens": 1, "save_every": 1, "eval_every": 0, "lora_rank": 1}
+    least = {"questions": 1, "group": 2, "max_turns": 1, "max_new_tokens": 1, "top_k": 1, "max_info_tokens": 0, "mc_rollouts": 1, "steps": 0, "ppo_epochs": 1,
+             "minibatches": 1, "rollout_batch": 1, "batch_tokens": 1, "save_every": 1, "eval_every": 0, "eval_questions": 1, "show_every": 0, "lora_rank": 1,
+             "lr": 0, "clip": 0, "max_grad_norm": 0}
+    for key, value in asdict(cfg).items():
+        if not isinstance(value, str) and not abs(value) < 2**63:
+            raise UserError(f"--{key} {value} is out of range.")
     for key, bound in least.items():
         if getattr(cfg, key) < bound:
             why = ": a group of one has nothing to compare" if key == "group" else ""
