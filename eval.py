@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import gzip
 import hashlib
 import html
 import json
@@ -146,7 +147,7 @@ def read_benchmark(name: str, split: str = "test") -> list[dict]:
                 raise UserError(f"{path}: to read parquet, pip install pyarrow") from None
             raw = parquet.read_table(path).to_pylist()
         else:
-            with open(path, encoding="utf-8-sig") as file:
+            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
                 head = next((line for line in file if line.strip()), "").strip()
                 file.seek(0)
                 if head.startswith("["):
@@ -155,7 +156,7 @@ def read_benchmark(name: str, split: str = "test") -> list[dict]:
                     raw = [json.loads(line) for line in file if line.strip()]
                 else:
                     raw = load_questions(path)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, EOFError, RecursionError) as e:
         raise UserError(f"{path}: cannot be read ({first_line(e)}).") from None
     answerable = [row for row in raw if not (isinstance(row, dict) and row.get("answerable") is False)]
     if len(answerable) < len(raw):
