@@ -1185,6 +1185,8 @@ def train(cfg: Config) -> Path:
     out, done, skipped = Path(cfg.resume or cfg.out), 0, 0
     if not rank:
         out.mkdir(parents=True, exist_ok=True)
+        if any(path.is_symlink() for path in out.rglob("*")):
+            raise UserError(f"{out}: there is a link in it. A run makes none, and a stranger's could lead to any file of yours, so nothing is written.")
     opened = lambda name: open(os.devnull, "a") if rank else open_alone(out / name)           # the first process writes for all
     with opened("metrics.jsonl") as metrics, opened("rollouts.jsonl") as kept:
         if cfg.resume:
@@ -1331,7 +1333,8 @@ def save_checkpoint(out: Path, model, state: dict, cfg: Config, data: dict) -> N
             now.rename(old)
         new.rename(now)
     except Exception as e:    # OSError, or what safetensors and torch make of it
-        raise UserError(f"{now}: could not save step {state['step']} ({first_line(e)}). The checkpoint before it is still there; make room and --resume {out}.") from None
+        raise UserError(f"{now}: could not save step {state['step']} ({first_line(e)}; {shutil.disk_usage(out).free >> 20} MB are free there). "
+                        f"The checkpoint before it is whole; make room and --resume {out}.") from None
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -1457,6 +1460,19 @@ RESUME_MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "show_every"
                      "rollout_batch", "batch_tokens", "gradient_checkpointing"}           # what the memory allows
 
 
+def read_config(folder: str) -> Config:
+    """The values a run was started with. Raises UserError for what no run has written."""
+    try:
+        cfg = Config(**json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+        for f in fields(Config):
+            value = getattr(cfg, f.name)
+            if not isinstance(value, str if isinstance(f.default, str) else (int, float)) or value not in f.metadata.get("choices", [value]):
+                raise ValueError(f"{f.name} cannot be {value!r:.100}")
+        return cfg
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{folder}/config.json: cannot be read ({first_line(e)}). Is it a run folder?") from None
+
+
 def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     """Config from the command line: what is given, over the demo's values (no --model) or the resumed run's, over the defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -1473,14 +1489,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     if given.get("resume"):
-        path = Path(given["resume"]) / "config.json"
-        try:
-            cfg = Config(**json.loads(path.read_text(encoding="utf-8")))
-            for f in fields(Config):
-                if not isinstance(getattr(cfg, f.name), str if isinstance(f.default, str) else (int, float)):
-                    raise ValueError(f"{f.name} is of a wrong type")
-        except (OSError, ValueError, TypeError, RecursionError) as e:
-            raise UserError(f"--resume {given['resume']}: {path.name} cannot be read ({first_line(e)}). Is it a run folder?") from None
+        cfg = read_config(given["resume"])
         changed = [k for k, v in given.items() if k not in RESUME_MAY_CHANGE and getattr(cfg, k) != v]
         if changed:
             raise UserError(f"--resume: this run was started with --{changed[0]} {getattr(cfg, changed[0])}. Leave the option out, or start a new run.")

@@ -1308,6 +1308,16 @@ def test_two_runs_in_one_folder(run, tmp_path, capsys):
     assert "no run folder" in capsys.readouterr().err and (tmp_path / "thesis" / "chapter1").is_file()
 
 
+def test_a_damaged_log_is_said(run, tmp_path, capsys):
+    """As a power cut leaves it: a file as long as it was, and NULs in it."""
+    out = tmp_path / "x"
+    shutil.copytree(run, out)
+    (out / "metrics.jsonl").write_bytes((out / "metrics.jsonl").read_bytes()[:2000] + b"\0" * 99 + b"\n")
+    assert igpo.main(["--resume", str(out), "--steps", "5"]) == 2
+    err = capsys.readouterr().err
+    assert "metrics.jsonl: damaged" in err and err.count("\n") == 1
+
+
 def test_a_clock_that_goes_back(tmp_path, monkeypatch):
     now = time.time()
     monkeypatch.setattr(time, "time", lambda clock=iter(range(10**9)): now - 3600 * next(clock))      # an hour earlier at each look
@@ -1347,7 +1357,7 @@ def test_any_text_can_be_question_and_gold(demo, tmp_path):
     kept = rows_of_bytes(out)
     assert kept[:len(before)] == before and len(kept) == 2 * len(before) == 4 * len(TEXTS)
     assert sorted(k["question"] for k in kept) == sorted(4 * list(TEXTS.values())) and {k["id"] for k in kept} == {"same"}
-    assert igpo.transcript(kept[0])
+    assert igpo.transcript(kept[0]) and evaluation.main(["--report", str(out)]) == 0
 
 
 def rows_of_bytes(out):
@@ -1474,7 +1484,9 @@ def test_fuzz_of_all_parsers(tmp_path, monkeypatch, capsys):
         assert not set(clean_text(text)) & set("<>\n") and len(clean_query(text * 20)) <= 300
         outcomes["turn", action is None] += 1
     for name, good, read, error in (("q.jsonl", question, igpo.load_questions, UserError), ("q.jsonl.gz", question, igpo.load_questions, UserError),
-                                    ("c.jsonl", page, lambda path: list(read_passages(path)), SearchError), ("c.jsonl.gz", page, lambda path: list(read_passages(path)), SearchError)):
+                                    ("c.jsonl", page, lambda path: list(read_passages(path)), SearchError), ("c.jsonl.gz", page, lambda path: list(read_passages(path)), SearchError),
+                                    ("b.jsonl", b"[" + question.replace(b"\n", b",") + b"]", read_benchmark, UserError), ("b.jsonl.gz", question, read_benchmark, UserError),
+                                    ("r.jsonl", question + b"\n", lambda path: evaluation.read_jsonl(Path(path)), UserError)):
         for _ in range(250):
             content = noise(good)
             if name.endswith("gz") and rng.random() < 0.9:
@@ -1487,7 +1499,7 @@ def test_fuzz_of_all_parsers(tmp_path, monkeypatch, capsys):
             except error as e:
                 assert "\n" not in str(e) and name in str(e)
                 outcomes[name, "refused"] += 1
-    assert all(outcomes[key] > 10 for key in [("turn", True), ("turn", False)] + [(n, what) for n in ("q.jsonl", "q.jsonl.gz", "c.jsonl", "c.jsonl.gz") for what in ("read", "refused")])
+    assert len(outcomes) == 16 and min(outcomes.values()) > 10
 
 
 def test_fuzz_of_the_command_line(tmp_path, monkeypatch, capsys):
@@ -1504,14 +1516,16 @@ def test_fuzz_of_the_command_line(tmp_path, monkeypatch, capsys):
             argv = ["--resume", str(tmp_path), *argv]
         with monkeypatch.context() as patch:
             patch.setattr(igpo, "train", lambda cfg: outcomes.update(["trained"]))
+            patch.setattr(evaluation, "evaluate", lambda args: (evaluation.load_config(args), outcomes.update(["evaluated"])))
+            program, name = (igpo, "igpo") if rng.random() < 0.7 else (evaluation, "eval")
             try:
-                status = igpo.main(argv)
+                status = program.main([{"--resume": "--adapter"}.get(a, a) for a in argv] if name == "eval" else argv)
             except SystemExit as e:                                              # argparse leaves in its own way
                 status = e.code
         err = capsys.readouterr().err
-        assert status == 0 or status == 2 and err.startswith("igpo: ") and err.rstrip("\n").count("\n") == 0, (argv, err)
+        assert status == 0 or status == 2 and err.startswith(f"{name}: ") and err.rstrip("\n").count("\n") == 0, (argv, err)
         outcomes[status] += 1
-    assert outcomes[0] > 20 and outcomes[2] > 20 and outcomes["trained"] == outcomes[0]
+    assert outcomes[0] > 20 and outcomes[2] > 20 and outcomes["trained"] + outcomes["evaluated"] == outcomes[0] and outcomes["evaluated"] > 5
 
 
 # ---- security --------------------------------------------------------------------------------------------------------
@@ -1534,6 +1548,21 @@ def test_a_model_folder_cannot_run_code(tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.startswith("igpo: ") and err.count("\n") == 1
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("name", ["rollouts.jsonl", "config.json.part", "checkpoint.new"])
+def test_a_link_in_a_run_folder_is_not_followed(name, run, tmp_path, capsys):
+    """What a resume writes, a question with $(..) in it for one, would else end up in any file that a stranger chose."""
+    out, target = tmp_path / "x", tmp_path / "bashrc"
+    shutil.copytree(run, out)
+    target.mkdir() if name == "checkpoint.new" else target.write_text("precious")
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(target)
+    for argv in (["--resume", str(out), "--steps", "5"], [*SMALL, "--steps", "1", "--out", str(out), "--overwrite"]):
+        assert igpo.main(argv) == 2
+        err = capsys.readouterr().err
+        assert "there is a link in it" in err and err.count("\n") == 1
+    assert not list(target.iterdir()) if name == "checkpoint.new" else target.read_text() == "precious"
 
 
 def test_an_adapter_cannot_run_code(run, tmp_path):
