@@ -557,7 +557,8 @@ def by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
 
 def out_of_memory(error: BaseException) -> bool:
     """torch.OutOfMemoryError is a RuntimeError; a CPU raises no better than that, so it is known by its text."""
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(re.search("out of memory|not enough memory|can't allocate memory", str(error)))
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|not enough memory|can't allocate memory", text))
 
 
 def in_micro_batches(work, lengths: list[int], model, cfg: Config) -> list[tuple]:
@@ -1186,20 +1187,21 @@ def train(cfg: Config) -> Path:
     if not rank:
         out.mkdir(parents=True, exist_ok=True)
         if any(path.is_symlink() for path in out.rglob("*")):
-            raise UserError(f"{out}: there is a link in it. A run makes none, and a stranger's could lead to any file of yours, so nothing is written.")
-    opened = lambda name: open(os.devnull, "a") if rank else open_alone(out / name)           # the first process writes for all
+            raise UserError(f"{out}: there is a link in it. A run makes none, and a stranger's may lead to any file, so nothing is written.")
+    opened = lambda name: open(os.devnull, "a", encoding="utf-8") if rank else open_alone(out / name)    # the first process writes for all
     with opened("metrics.jsonl") as metrics, opened("rollouts.jsonl") as kept:
         if cfg.resume:
             done, skipped = load_checkpoint(out, model, optimizer, data)
         if not rank:
+            for folder in () if cfg.resume else out.glob("checkpoint*"):                    # --overwrite: first what could be resumed
+                shutil.rmtree(folder)
             for file in (metrics, kept):
                 cut_log(file, done)
-            for folder in () if cfg.resume else out.glob("checkpoint*"):                    # --overwrite
-                shutil.rmtree(folder)
             write_whole(out / "config.json", json.dumps(asdict(replace(cfg, resume="", out=str(out))), indent=1) + "\n")
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.2f}M of them LoRA, {model.dtype} on {model.device.type}. "
-              f"{len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, steps {done + 1} to {cfg.steps}. Results go to {out}.\n{memory_line(model, cfg)}", flush=True)
+        print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.2f}M of them LoRA, "
+              f"{model.dtype} on {model.device.type}. {len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, "
+              f"steps {done + 1} to {cfg.steps}. Results go to {out}.\n{memory_line(model, cfg)}", flush=True)
 
         def log(file, row):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -1254,10 +1256,13 @@ def train(cfg: Config) -> Path:
             if saved != whole["step"]:
                 restore(model, optimizer, whole)
                 save()
-            bar.write(f"{'interrupted' if isinstance(e, KeyboardInterrupt) else 'stopped by an error'}; step {whole['step']} is saved. Go on with: python igpo.py --resume {out}")
+            interrupted = isinstance(e, KeyboardInterrupt)
+            bar.write(f"{'interrupted' if interrupted else 'stopped by an error'}; step {whole['step']} is saved. "
+                      f"Go on with: python igpo.py --resume {out}")
             if out_of_memory(e):
-                raise UserError(f"step {whole['step'] + 1}: out of memory. With less at a time: --resume {out} --rollout_batch {max(cfg.rollout_batch // 2, 1)}") from None
-            if not isinstance(e, KeyboardInterrupt):
+                raise UserError(f"step {whole['step'] + 1}: out of memory. With less at a time: --resume {out} "
+                                f"--rollout_batch {max(cfg.rollout_batch // 2, 1)}") from None
+            if not interrupted:
                 raise
         finally:
             bar.close()
@@ -1333,7 +1338,7 @@ def save_checkpoint(out: Path, model, state: dict, cfg: Config, data: dict) -> N
             now.rename(old)
         new.rename(now)
     except Exception as e:    # OSError, or what safetensors and torch make of it
-        raise UserError(f"{now}: could not save step {state['step']} ({first_line(e)}; {shutil.disk_usage(out).free >> 20} MB are free there). "
+        raise UserError(f"{now}: could not save step {state['step']} ({first_line(e)}; {shutil.disk_usage(out).free >> 20} MB are free). "
                         f"The checkpoint before it is whole; make room and --resume {out}.") from None
     shutil.rmtree(old, ignore_errors=True)
 
@@ -1465,8 +1470,8 @@ def read_config(folder: str) -> Config:
     try:
         cfg = Config(**json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
         for f in fields(Config):
-            value = getattr(cfg, f.name)
-            if not isinstance(value, str if isinstance(f.default, str) else (int, float)) or value not in f.metadata.get("choices", [value]):
+            value, kind = getattr(cfg, f.name), str if isinstance(f.default, str) else (int, float)
+            if not isinstance(value, kind) or value not in f.metadata.get("choices", [value]):
                 raise ValueError(f"{f.name} cannot be {value!r:.100}")
         return cfg
     except (OSError, ValueError, TypeError, RecursionError) as e:
@@ -1561,4 +1566,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.modules["igpo"] = sys.modules["__main__"]      # eval.py imports igpo: let it be this very module, with this UserError
+    sys.stdout.reconfigure(errors="replace")           # a transcript in any script, on a terminal that knows one
     sys.exit(main())

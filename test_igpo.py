@@ -693,7 +693,8 @@ def test_resumed_equals_uninterrupted(run, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on(run, tmp_path, number):
     out = tmp_path / "cut"
-    child = subprocess.Popen([sys.executable, HERE / "igpo.py", *SMALL, "--steps", "4", "--out", out, "--save_every", "100"], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, HERE / "igpo.py", *SMALL, "--steps", "4", "--out", out, "--save_every", "100"], stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "PYTHONIOENCODING": "ascii"})     # a terminal that has no ±
     for line in child.stdout:
         if line.startswith("step    1"):
             child.send_signal(number)
