@@ -52,8 +52,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from igpo import (DEMO, HERE, SCHEMA, TAG, Config, Rollout, TurnEnd, UserError, answer_words, encode, encode_prompt, exact_match,
-                  f1_score, first_line, gathered, join_processes, left_pad, load_model, load_questions, locate, mean, open_run_search, process, read_config,
-                  record, rollout, score, share, unwrap, write_whole)
+                  f1_score, first_line, gathered, join_processes, left_pad, load_model, load_questions, locate, mean, open_run_search, process,
+                  read_config, record, rollout, score, share, unwrap, write_whole)
 from search_tool import SearchError, clean_text
 
 BENCHMARKS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
@@ -436,11 +436,13 @@ def load_config(args: argparse.Namespace) -> Config:
     """What is given on the command line, over what the adapter's run was trained with (or the demo's values), over the defaults."""
     given = {name: getattr(args, name) for name in EPISODE if hasattr(args, name)}
     base = {}
-    if args.adapter and (Path(args.adapter) / "config.json").is_file():
-        base = {name: getattr(read_config(args.adapter), name) for name in INHERITED}
+    if args.adapter:
+        try:
+            base = {name: getattr(read_config(args.adapter), name) for name in INHERITED}
+        except UserError as e:      # a PEFT folder of another make may hold a config.json of its own, or none
+            if "model" not in given:
+                raise UserError(f"--adapter {e} If it is a PEFT folder, give --model too.") from None
     elif "model" not in given:
-        if args.adapter:
-            raise UserError(f"--adapter {args.adapter}: no config.json in it, so give --model too.")
         base = {name: DEMO[name] for name in INHERITED if name in DEMO}
     cfg = Config(**{"temperature": 0.0 if args.n == 1 else 1.0, "group": 1, "gradient_checkpointing": False, **base, **given})
     if args.n > 1 and cfg.temperature <= 0:

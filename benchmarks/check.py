@@ -23,7 +23,8 @@ from tqdm import tqdm
 import igpo
 from eval import cover_em
 
-QUESTIONS, GROUP, PROBES, DRAWS = 4, 4, 50, 512      # questions rolled out, rollouts of each, questions given to the search as they are, single tokens drawn
+QUESTIONS, GROUP, PROBES = 4, 4, 50      # questions rolled out, rollouts of each, questions given to the search as they are
+DRAWS = 512                              # single tokens drawn at one place
 # Mean and largest deviation of a log-probability from the slow form's. bfloat16 has 8 bits: a logit of 20 is off by 0.06.
 TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (0.05, 2.0)}
 WARM_START = ("warm-start first: fine-tune on a few hundred transcripts of the format (demo/make.py does it for the demo's policy) "
