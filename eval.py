@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import gzip
 import hashlib
 import html
 import json
@@ -38,6 +39,7 @@ import random
 import re
 import sys
 import time
+import zlib
 from dataclasses import fields
 from pathlib import Path
 
@@ -51,7 +53,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from igpo import (DEMO, HERE, SCHEMA, TAG, Config, Rollout, TurnEnd, UserError, answer_words, encode, encode_prompt, exact_match,
                   f1_score, first_line, gathered, join_processes, left_pad, load_model, load_questions, locate, mean, open_run_search, process,
-                  record, rollout, score, share, unwrap, write_whole)
+                  read_config, record, rollout, score, share, unwrap, write_whole)
 from search_tool import SearchError, clean_text
 
 BENCHMARKS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
@@ -146,7 +148,7 @@ def read_benchmark(name: str, split: str = "test") -> list[dict]:
                 raise UserError(f"{path}: to read parquet, pip install pyarrow") from None
             raw = parquet.read_table(path).to_pylist()
         else:
-            with open(path, encoding="utf-8-sig") as file:
+            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
                 head = next((line for line in file if line.strip()), "").strip()
                 file.seek(0)
                 if head.startswith("["):
@@ -155,7 +157,7 @@ def read_benchmark(name: str, split: str = "test") -> list[dict]:
                     raw = [json.loads(line) for line in file if line.strip()]
                 else:
                     raw = load_questions(path)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, EOFError, RecursionError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read ({first_line(e)}).") from None
     answerable = [row for row in raw if not (isinstance(row, dict) and row.get("answerable") is False)]
     if len(answerable) < len(raw):
@@ -424,9 +426,9 @@ def adapter_folder(path: str) -> Path:
 def read_jsonl(path: Path) -> list[dict]:
     """Lines of a log; a last line that was cut while being written is left out. Raises UserError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(True)
-        return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
-    except (OSError, ValueError) as e:
+        lines = path.read_bytes().split(b"\n")[:-1]        # text would end at U+2028 too, which JSON leaves as it is
+        return [dict(json.loads(line)) for line in lines if line.strip()]
+    except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{path}: cannot be read ({first_line(e)}).") from None
 
 
@@ -434,15 +436,13 @@ def load_config(args: argparse.Namespace) -> Config:
     """What is given on the command line, over what the adapter's run was trained with (or the demo's values), over the defaults."""
     given = {name: getattr(args, name) for name in EPISODE if hasattr(args, name)}
     base = {}
-    if args.adapter and (Path(args.adapter) / "config.json").is_file():
+    if args.adapter:
         try:
-            base = json.loads((Path(args.adapter) / "config.json").read_text(encoding="utf-8"))
-            base = {name: base[name] for name in INHERITED if name in base}
-        except (OSError, ValueError) as e:
-            raise UserError(f"--adapter {args.adapter}: config.json cannot be read ({first_line(e)}).") from None
+            base = {name: getattr(read_config(args.adapter), name) for name in INHERITED}
+        except UserError as e:      # a PEFT folder of another make may hold a config.json of its own, or none
+            if "model" not in given:
+                raise UserError(f"--adapter {e} If it is a PEFT folder, give --model too.") from None
     elif "model" not in given:
-        if args.adapter:
-            raise UserError(f"--adapter {args.adapter}: no config.json in it, so give --model too.")
         base = {name: DEMO[name] for name in INHERITED if name in DEMO}
     cfg = Config(**{"temperature": 0.0 if args.n == 1 else 1.0, "group": 1, "gradient_checkpointing": False, **base, **given})
     if args.n > 1 and cfg.temperature <= 0:
@@ -768,6 +768,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", metavar="FOLDER", help="write report.html for the rollouts.jsonl of a training run or of results")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="training curves of these run folders")
     parser.add_argument("-o", default="curves.png", metavar="FILE", help="where --plot draws them (curves.png)")
+    parser.error = lambda message: parser.exit(2, f"eval: {' '.join(message.split())}; --help lists the options\n")
     args = parser.parse_args(argv)
     args.benchmark = list(dict.fromkeys(b for name in args.benchmark for b in (BENCHMARKS if name == "all" else (name,))))
     try:
@@ -790,7 +791,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"written: {args.o}")
         else:
             evaluate(args)
-    except (UserError, SearchError) as e:
+    except (UserError, SearchError, OSError) as e:
         print(f"eval: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

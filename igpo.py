@@ -32,6 +32,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
+import gzip
 import hashlib
 import json
 import math
@@ -46,9 +48,11 @@ import sys
 import time
 import unicodedata
 import warnings
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -61,7 +65,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gen
                           StoppingCriteriaList)
 from transformers.utils import logging as transformers_logging
 
-from search_tool import Passage, SearchError, clean_query, clean_text, open_search, read_passages
+from search_tool import Passage, SearchError, checksum, clean_query, clean_text, open_search, read_passages
 
 HERE = Path(__file__).resolve().parent
 transformers_logging.disable_progress_bar()
@@ -163,33 +167,38 @@ class Rollout:
 
 
 def load_questions(path: str) -> list[dict]:
-    """Read jsonl: {"question", "answers": [..]} and optionally "id", "supporting"; FlashRAG's "golden_answers" is read too.
+    """Read .jsonl or .jsonl.gz: {"question", "answers": [..]}, optionally "id", "supporting"; FlashRAG's "golden_answers" is read too.
 
     Raises UserError with file and line for what cannot be used.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file. It should be jsonl with a question and its answers on each line.")
     rows = []
-    with open(path, encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as e:
-                raise UserError(f"{path}:{number}: not JSON ({e}).") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: a line must be an object like {{\"question\": .., \"answers\": [..]}}.")
-            answers = row.get("answers", row.get("golden_answers"))
-            answers = [answers] if isinstance(answers, str) else answers
-            if not isinstance(row.get("question"), str) or not row["question"].strip():
-                raise UserError(f"{path}:{number}: field \"question\" is missing or is not text.")
-            if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-                raise UserError(f"{path}:{number}: field \"answers\" is missing or is not a list of texts.")
-            answers = [a for a in answers if a.strip()]
-            if not answers:
-                raise UserError(f"{path}:{number}: no gold answer that is not empty.")
-            rows.append({**row, "id": str(row.get("id", number)), "answers": answers})
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+            lines = file.readlines()
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: cannot be read ({first_line(e)}). It should be jsonl with a question and its answers on each line.") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()      # half a surrogate pair is JSON, but could never be written down
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}:{number}: not JSON ({first_line(e)}).") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: a line must be an object like {{\"question\": .., \"answers\": [..]}}.")
+        answers = row.get("answers", row.get("golden_answers"))
+        answers, supporting = [answers] if isinstance(answers, str) else answers, row.get("supporting") or []
+        if not isinstance(row.get("question"), str) or not row["question"].strip():
+            raise UserError(f"{path}:{number}: field \"question\" is missing or is not text.")
+        if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+            raise UserError(f"{path}:{number}: field \"answers\" is missing or is not a list of texts.")
+        if not isinstance(supporting, list) or not all(isinstance(i, str) for i in supporting):
+            raise UserError(f"{path}:{number}: field \"supporting\" is not a list of passage ids.")
+        answers = [a for a in answers if a.strip()]
+        if not answers:
+            raise UserError(f"{path}:{number}: no gold answer that is not empty.")
+        rows.append({**row, "id": str(row.get("id", number)), "answers": answers})
     if not rows:
         raise UserError(f"{path}: no questions in it.")
     return rows
@@ -306,11 +315,11 @@ def load_model(cfg: Config, adapter: str = ""):
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
              "auto": torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32}[cfg.dtype]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        lm = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, dtype=dtype, attn_implementation="sdpa", **options)
     except ImportError as e:
         raise UserError(f"--model {cfg.model}: {first_line(e)}") from None
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # each library fails in its own way
         raise UserError(f"--model {cfg.model}: could not load {name} ({first_line(e)}). Offline, give a folder that holds config.json, "
                         "the safetensors and the tokenizer, or a .gguf file.") from None
     if getattr(lm.config, "sliding_window", None):  # within its window it is full attention: rollouts stay within, and neither cache nor score() slides
@@ -329,8 +338,12 @@ def load_model(cfg: Config, adapter: str = ""):
     if adapter:
         folder = Path(adapter) if (Path(adapter) / "adapter_config.json").is_file() else find_checkpoint(Path(adapter))
         try:
-            return PeftModel.from_pretrained(lm.to(device), folder).eval(), tokenizer
-        except (OSError, ValueError, RuntimeError) as e:
+            model = PeftModel.from_pretrained(lm.to(device), folder).eval()
+            loaded = model.load_adapter(folder, "default")      # again, for what it tells: layers that are missing or too many pass in silence
+            if loaded.missing_keys or loaded.unexpected_keys:
+                raise ValueError("it has other layers")
+            return model, tokenizer
+        except Exception as e:
             raise UserError(f"--adapter {adapter}: does not fit {cfg.model} ({first_line(e)}).") from None
     torch.manual_seed(cfg.seed)
     lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -542,6 +555,12 @@ def by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
     return batches
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """torch.OutOfMemoryError is a RuntimeError; a CPU raises no better than that, so it is known by its text."""
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|not enough memory|can't allocate memory", text))
+
+
 def in_micro_batches(work, lengths: list[int], model, cfg: Config) -> list[tuple]:
     """[(batch, work(batch)), ..] over the batches of `by_tokens`, whose number changes no result.
 
@@ -551,8 +570,8 @@ def in_micro_batches(work, lengths: list[int], model, cfg: Config) -> list[tuple
     while True:
         try:
             return [(batch, work(batch)) for batch in by_tokens(lengths, cfg.batch_tokens)]
-        except RuntimeError as e:          # torch.OutOfMemoryError is one; a CPU raises no better, so it is known by its text
-            if not re.search("out of memory|not enough memory|can't allocate memory", str(e)):
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
                 raise
             if cfg.batch_tokens < max(lengths):
                 raise UserError(f"out of memory on a single rollout of {max(lengths)} tokens. Lower --max_turns, --max_info_tokens or --max_new_tokens, "
@@ -999,9 +1018,12 @@ def transcript(row: dict) -> str:
 
 
 def evaluate(model, tokenizer, questions: list[dict], search, cfg: Config) -> dict:
-    """Greedy rollouts, one a question: mean F1, exact match and turns."""
+    """Greedy rollouts, one a question: mean F1, exact match and turns; no figures, and a line that says so, if the search is down."""
     rollouts = gathered(rollout(model, tokenizer, share(questions), search, replace(cfg, group=1, temperature=0.0)))
-    n = len(questions)
+    n, errors = len(questions), [e for r in rollouts for e in r.errors]
+    if sum(map(bool, errors)) > cfg.max_failed_searches * len(errors):
+        tqdm.write(f"no evaluation: {sum(map(bool, errors))} of {len(errors)} searches failed ({max(errors)})")
+        return {}
     return {"eval_f1": sum(f1_score(r.answer, q["answers"]) for r, q in zip(rollouts, questions)) / n,
             "eval_em": sum(exact_match(r.answer, q["answers"]) for r, q in zip(rollouts, questions)) / n,
             "eval_turns": sum(len(r.boundaries) for r in rollouts) / n}
@@ -1129,10 +1151,15 @@ def memory_card(model, cfg: Config) -> dict[str, int]:
     return {**card, "peak": card["weights"] + card["adapter"] + max(card["rollouts"], card["update"])}
 
 
+def device_memory() -> int:
+    """Bytes that the GPU has, if there is one, else the machine."""
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def memory_line(model, cfg: Config) -> str:
     """memory_card() in one line, with what the device has and, if that is less, what to lower."""
     card = {key: value / 2**20 for key, value in memory_card(model, cfg).items()}
-    there = (torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2**20
+    there = device_memory() / 2**20
     option = "--rollout_batch" if card["rollouts"] > card["update"] else "--batch_tokens"
     return (f"Memory at most, computed: weights {card['weights']:,.0f} MB + adapter and optimizer {card['adapter']:,.0f} + the larger of rollouts {card['rollouts']:,.0f} "
             f"(--rollout_batch {cfg.rollout_batch}) and update {card['update']:,.0f} (--batch_tokens {cfg.batch_tokens}) = {card['peak']:,.0f} MB of {there:,.0f}."
@@ -1154,21 +1181,28 @@ def train(cfg: Config) -> Path:
         questions = with_supporting_texts(questions, cfg)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0.0)
     data = {name: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for name, rows in (("train", questions), ("dev", dev))}
+    if cfg.search.startswith("bm25:"):
+        data["search"] = checksum(locate(cfg.search[5:]))
     out, done, skipped = Path(cfg.resume or cfg.out), 0, 0
-    if cfg.resume:
-        done, skipped = load_checkpoint(out, model, optimizer, data)
     if not rank:
-        out.mkdir(parents=True, exist_ok=bool(cfg.resume))
-        for name in ("metrics.jsonl", "rollouts.jsonl") if cfg.resume else ():               # what came after the checkpoint is done again
-            kept = [line for line in (out / name).read_text(encoding="utf-8").splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= done]
-            write_whole(out / name, "".join(kept))
-        write_whole(out / "config.json", json.dumps(asdict(replace(cfg, resume="", out=str(out))), indent=1) + "\n")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.2f}M of them LoRA, {model.dtype} on {model.device.type}. "
-          f"{len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, steps {done + 1} to {cfg.steps}. Results go to {out}.\n{memory_line(model, cfg)}", flush=True)
-
-    opened = lambda name: open(os.devnull if rank else out / name, "a", encoding="utf-8")    # the first process writes for all
+        out.mkdir(parents=True, exist_ok=True)
+        if any(path.is_symlink() for path in out.rglob("*")):
+            raise UserError(f"{out}: there is a link in it. A run makes none, and a stranger's may lead to any file, so nothing is written.")
+    opened = lambda name: open(os.devnull, "a", encoding="utf-8") if rank else open_alone(out / name)    # the first process writes for all
     with opened("metrics.jsonl") as metrics, opened("rollouts.jsonl") as kept:
+        if cfg.resume:
+            done, skipped = load_checkpoint(out, model, optimizer, data)
+        if not rank:
+            for folder in () if cfg.resume else out.glob("checkpoint*"):                    # --overwrite: first what could be resumed
+                shutil.rmtree(folder)
+            for file in (metrics, kept):
+                cut_log(file, done)
+            write_whole(out / "config.json", json.dumps(asdict(replace(cfg, resume="", out=str(out))), indent=1) + "\n")
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.2f}M of them LoRA, "
+              f"{model.dtype} on {model.device.type}. {len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, "
+              f"steps {done + 1} to {cfg.steps}. Results go to {out}.\n{memory_line(model, cfg)}", flush=True)
+
         def log(file, row):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
@@ -1180,15 +1214,17 @@ def train(cfg: Config) -> Path:
         def stop(number, frame):
             signal.signal(number, signal.SIG_IGN)      # once is enough: what follows is the saving
             raise KeyboardInterrupt
-        handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        whole = snapshot(model, optimizer, done, skipped)                                   # as of the last whole step
-        saved = done if cfg.resume else None
+        whole, saved = snapshot(model, optimizer, done, skipped), done                      # as of the last whole step
+        if not cfg.resume:
+            save()                                                                          # a disk that cannot be written shows now
         bar = tqdm(total=cfg.steps, initial=done, unit="step", dynamic_ncols=True, disable=bool(rank) or None)
+        handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             if done == 0 and cfg.eval_every:
                 row = {"step": 0, **evaluate(model, tokenizer, dev, search, cfg)}
                 log(metrics, row)
-                bar.write(f"before training: dev F1 {row['eval_f1']:.3f}, EM {row['eval_em']:.3f}, {row['eval_turns']:.1f} turns")
+                if "eval_f1" in row:
+                    bar.write(f"before training: dev F1 {row['eval_f1']:.3f}, EM {row['eval_em']:.3f}, {row['eval_turns']:.1f} turns")
             for step in range(done + 1, cfg.steps + 1):
                 search.reset()
                 torch.manual_seed(random.Random(f"{cfg.seed}-{step}-{rank}").getrandbits(63))     # the step tells all: a resumed run goes on as it would have
@@ -1220,8 +1256,13 @@ def train(cfg: Config) -> Path:
             if saved != whole["step"]:
                 restore(model, optimizer, whole)
                 save()
-            bar.write(f"{'interrupted' if isinstance(e, KeyboardInterrupt) else 'stopped by an error'}; step {whole['step']} is saved. Go on with: python igpo.py --resume {out}")
-            if not isinstance(e, KeyboardInterrupt):
+            interrupted = isinstance(e, KeyboardInterrupt)
+            bar.write(f"{'interrupted' if interrupted else 'stopped by an error'}; step {whole['step']} is saved. "
+                      f"Go on with: python igpo.py --resume {out}")
+            if out_of_memory(e):
+                raise UserError(f"step {whole['step'] + 1}: out of memory. With less at a time: --resume {out} "
+                                f"--rollout_batch {max(cfg.rollout_batch // 2, 1)}") from None
+            if not interrupted:
                 raise
         finally:
             bar.close()
@@ -1248,6 +1289,27 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def open_alone(path: Path):
+    """A log to append to, unless another run has it open: two runs in one folder would mix. kill -9 lets go of it too."""
+    file = open(path, "a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path.parent}: another run is at work in it. Wait until it has ended, or choose another --out.") from None
+    except OSError:     # a file system that knows no locks
+        pass
+    return file
+
+
+def cut_log(file, done: int) -> None:
+    """Cut a log behind step `done`: what came after the checkpoint is done again; with none done, so is the evaluation before step 1."""
+    try:
+        with open(file.name, "rb") as lines:      # only here a line ends at \n alone, whatever the text holds
+            file.truncate(sum(map(len, takewhile(lambda line: done and line.endswith(b"\n") and json.loads(line)["step"] <= done, lines))))
+    except (ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{file.name}: damaged ({first_line(e)}). Delete the lines from there on, then --resume again.") from None
+
+
 def snapshot(model, optimizer, step: int, skipped: int) -> dict:
     """All that training changes, in memory: adapter, optimizer and step, which gives the questions and the random numbers too."""
     state = optimizer.state_dict()
@@ -1271,12 +1333,13 @@ def save_checkpoint(out: Path, model, state: dict, cfg: Config, data: dict) -> N
     try:
         model.save_pretrained(new)
         torch.save({**state, "data": data}, new / "state.pt")
-        shutil.rmtree(old, ignore_errors=True)
         if now.exists():
+            shutil.rmtree(old, ignore_errors=True)
             now.rename(old)
         new.rename(now)
     except Exception as e:    # OSError, or what safetensors and torch make of it
-        raise UserError(f"{now}: could not save step {state['step']} ({first_line(e)}). The checkpoint before it is still there; make room and --resume {out}.") from None
+        raise UserError(f"{now}: could not save step {state['step']} ({first_line(e)}; {shutil.disk_usage(out).free >> 20} MB are free). "
+                        f"The checkpoint before it is whole; make room and --resume {out}.") from None
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -1285,7 +1348,7 @@ def find_checkpoint(out: Path) -> Path:
     for name in ("checkpoint", "checkpoint.old"):
         if (out / name / "state.pt").is_file():
             return out / name
-    raise UserError(f"{out}: no whole checkpoint in it, so there is nothing to resume. Start again with another --out.")
+    raise UserError(f"{out}: no whole checkpoint in it. If it is a run that never got that far, start it again with --overwrite.")
 
 
 def load_checkpoint(out: Path, model, optimizer, data: dict) -> tuple[int, int]:
@@ -1294,12 +1357,13 @@ def load_checkpoint(out: Path, model, optimizer, data: dict) -> tuple[int, int]:
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         restore(model, optimizer, state)
+        step, skipped, before = int(state["step"]), int(state["skipped"]), dict(state["data"])
     except Exception as e:
         raise UserError(f"{folder}: cannot be read ({first_line(e)}): damaged, or of another model or LoRA rank.") from None
     for name, digest in data.items():
-        if state["data"][name] != digest:
-            raise UserError(f"--{name}: the file is not the one this run was started with, so its data position means nothing. Put it back, or start a new run.")
-    return state["step"], state["skipped"]
+        if before.get(name) != digest:
+            raise UserError(f"--{name}: the file is not the one this run was started with. Put it back, or start a new run.")
+    return step, skipped
 
 
 # ---- looking at one group --------------------------------------------------------------------------------------------
@@ -1388,16 +1452,30 @@ def with_supporting_texts(questions: list[dict], cfg: Config) -> list[dict]:
     """The questions with the texts of their supporting passages, out of the BM25 corpus, as --credit stepsearch needs them."""
     if not cfg.search.startswith("bm25:"):
         raise UserError("--credit stepsearch looks supporting passages up in the corpus: it needs --search bm25:<corpus.jsonl>.")
-    wanted = {i for q in questions for i in q.get("supporting", [])}
+    wanted = {i for q in questions for i in q.get("supporting") or []}
     texts = {p.id: p.text for p in read_passages(locate(cfg.search[5:])) if p.id in wanted}
     for q in questions:
-        lacking = [i for i in q.get("supporting", []) if i not in texts]
+        lacking = [i for i in q.get("supporting") or [] if i not in texts]
         if lacking or not q.get("supporting"):
             raise UserError(f"--credit stepsearch: question {q['id']} of {cfg.train} " + (f"names passage {lacking[0]}, which the corpus lacks." if lacking else "names no supporting passages."))
     return [{**q, "supporting_texts": [texts[i] for i in q["supporting"]]} for q in questions]
 
 
-RESUME_MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "show_every"}     # all else would make it another run
+RESUME_MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "show_every",      # all else would make it another run
+                     "rollout_batch", "batch_tokens", "gradient_checkpointing"}           # what the memory allows
+
+
+def read_config(folder: str) -> Config:
+    """The values a run was started with. Raises UserError for what no run has written."""
+    try:
+        cfg = Config(**json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+        for f in fields(Config):
+            value, kind = getattr(cfg, f.name), str if isinstance(f.default, str) else (int, float)
+            if not isinstance(value, kind) or value not in f.metadata.get("choices", [value]):
+                raise ValueError(f"{f.name} cannot be {value!r:.100}")
+        return cfg
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{folder}/config.json: cannot be read ({first_line(e)}). Is it a run folder?") from None
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
@@ -1408,22 +1486,18 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
         default = f"{f.default!r}" + (f"; demo {DEMO[f.name]!r}" if f.name in DEMO else "")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({default})",
                             **kind, **{k: v for k, v in f.metadata.items() if k == "choices"})
-    parser.add_argument("--overwrite", action="store_true", help="delete the run folder if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a run folder that exists: its logs and checkpoint are deleted")
     parser.add_argument("--explain", action="store_true", help="walk through Eq. 2-7 on one question, then stop")
     parser.add_argument("--check", action="store_true", help="try model, data and search before training: a table of checks, then stop; exit status 1 if one fails")
     parser.add_argument("--glossary", action="store_true", help="explain every metric, then stop")
+    parser.error = lambda message: parser.exit(2, f"igpo: {' '.join(message.split())}; --help lists the options\n")
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     if given.get("resume"):
-        path = Path(given["resume"]) / "config.json"
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            cfg = Config(**before)
-        except (OSError, ValueError, TypeError) as e:
-            raise UserError(f"--resume {given['resume']}: {path.name} cannot be read ({first_line(e)}). Is it a run folder?") from None
-        changed = [k for k, v in given.items() if k not in RESUME_MAY_CHANGE and before[k] != v]
+        cfg = read_config(given["resume"])
+        changed = [k for k, v in given.items() if k not in RESUME_MAY_CHANGE and getattr(cfg, k) != v]
         if changed:
-            raise UserError(f"--resume: this run was started with --{changed[0]} {before[changed[0]]}. Leave the option out, or start a new run.")
+            raise UserError(f"--resume: this run was started with --{changed[0]} {getattr(cfg, changed[0])}. Leave the option out, or start a new run.")
         cfg = replace(cfg, **given)
     else:
         cfg = Config(**{**(DEMO if not given.get("model") else {}), **given})
@@ -1434,8 +1508,12 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
         while not cfg.out and Path(name if n == 1 else f"{name}-{n}").exists() and not args.overwrite:
             n += 1
         cfg = replace(cfg, out=cfg.out or (name if n == 1 else f"{name}-{n}"))
-    least = {"questions": process()[1], "group": 2, "max_turns": 1, "max_new_tokens": 1, "top_k": 1, "mc_rollouts": 1, "steps": 0, "ppo_epochs": 1, "minibatches": 1,
-             "rollout_batch": 1, "batch_tokens": 1, "save_every": 1, "eval_every": 0, "lora_rank": 1}
+    least = {"questions": process()[1], "group": 2, "max_turns": 1, "max_new_tokens": 1, "top_k": 1, "max_info_tokens": 0, "mc_rollouts": 1, "steps": 0,
+             "ppo_epochs": 1, "minibatches": 1, "rollout_batch": 1, "batch_tokens": 1, "save_every": 1, "eval_every": 0, "eval_questions": 1,
+             "show_every": 0, "lora_rank": 1, "lr": 0, "clip": 0, "max_grad_norm": 0}
+    for key, value in asdict(cfg).items():
+        if not isinstance(value, str) and not abs(value) < 2**63:
+            raise UserError(f"--{key} {value} is out of range.")
     for key, bound in least.items():
         if getattr(cfg, key) < bound:
             why = ": a group of one has nothing to compare" if key == "group" else ""
@@ -1458,10 +1536,11 @@ def prepare(argv: list[str] | None) -> Config | int | None:
         from benchmarks.check import check      # here, since it imports this file
         return check(cfg)
     out = Path(cfg.resume or cfg.out)
-    if not cfg.resume and out.exists():
+    if not cfg.resume and out.exists() and any(out.iterdir()):
         if not args.overwrite:
             raise UserError(f"--out {out}: exists. Go on with it (--resume {out}), choose another, or add --overwrite.")
-        shutil.rmtree(out)
+        if not (out / "metrics.jsonl").is_file():
+            raise UserError(f"--overwrite: {out} is no run folder (there is no metrics.jsonl in it), so nothing is done to it.")
     print("\n".join(f"{key:24}{value}" for key, value in asdict(cfg).items() if value != ""))
     return cfg
 
@@ -1476,12 +1555,16 @@ def main(argv: list[str] | None = None) -> int:
             train(task)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (UserError, SearchError) as e:
-        print(f"igpo: {e}", file=sys.stderr)
+    except (UserError, SearchError, OSError) as e:
+        print(f"igpo: {first_line(e)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:       # train() catches its own
+        print("igpo: interrupted", file=sys.stderr)
+        return 130
     return 0 if isinstance(task, Config) else task or 0
 
 
 if __name__ == "__main__":
     sys.modules["igpo"] = sys.modules["__main__"]      # eval.py imports igpo: let it be this very module, with this UserError
+    sys.stdout.reconfigure(errors="replace")           # a transcript in any script, on a terminal that knows one
     sys.exit(main())

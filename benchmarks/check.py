@@ -24,6 +24,7 @@ import igpo
 from eval import cover_em
 
 QUESTIONS, GROUP, PROBES = 4, 4, 50      # questions rolled out, rollouts of each, questions given to the search as they are
+DRAWS = 512                              # single tokens drawn at one place
 # Mean and largest deviation of a log-probability from the slow form's. bfloat16 has 8 bits: a logit of 20 is off by 0.06.
 TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (0.05, 2.0)}
 WARM_START = ("warm-start first: fine-tune on a few hundred transcripts of the format (demo/make.py does it for the demo's policy) "
@@ -76,11 +77,15 @@ class Trial:
         for r in self.rollouts:
             own = [j for j, m in enumerate(r.mask) if m]
             all_logp = self.plain(r.ids, own)
-            p, ids = all_logp.exp(), torch.tensor(r.ids, device=all_logp.device)[own]
-            middle = (p * all_logp).nan_to_num().sum(-1)
-            spread = (p * (all_logp - middle[:, None]) ** 2).nan_to_num().sum(-1)
-            rows.append((all_logp.gather(-1, ids[:, None])[:, 0], middle, spread))
+            ids = torch.tensor(r.ids, device=all_logp.device)[own]
+            rows.append((all_logp.gather(-1, ids[:, None])[:, 0], *moments(all_logp)))
         return rows
+
+
+def moments(logp):
+    """Mean and variance that log p has where tokens are drawn from p: (.., vocabulary) -> (..), (..)."""
+    middle = (logp.exp() * logp).nan_to_num().sum(-1)
+    return middle, (logp.exp() * (logp - middle[..., None]) ** 2).nan_to_num().sum(-1)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -168,11 +173,27 @@ def sampled_is_scored(t):
 
 
 def sampling(t):
-    """If tokens are drawn from the pi that is scored, the sum of their log pi has a known mean and variance."""
+    """Are tokens drawn from the pi that is scored? Then the sum of their log pi has a known mean and variance, and the rare ones come.
+
+    A nearly deterministic policy gives itself away only where it is least sure of itself: there DRAWS single tokens are drawn
+    besides. That all of them are among the likeliest tokens, which hold C of the mass, has the probability C ** DRAWS.
+    """
     logp, middle, spread = (torch.cat(column).double() for column in zip(*t.oracle))
+    r, j = [(r, j) for r in t.rollouts for j, own in enumerate(r.mask) if own][middle.argmin()]      # minus the mean of log pi is the entropy
+    starts = [igpo.Rollout(r.ids[:j], [0] * j, [-1] * j, [j]) for _ in range(DRAWS)]
+    igpo.finish(t.model, t.tokenizer, starts, t.search, replace(t.cfg, max_turns=1, max_new_tokens=1))
+    here = t.plain(r.ids, [j])[0].double()
+    drawn = torch.tensor([start.ids[j] for start in starts], device=here.device)
+    p, likeliest = here.exp().sort(descending=True)
+    held = min(p.cumsum(0)[likeliest.argsort()[drawn]].max().item(), 1.0)
+
+    logp = torch.cat([logp, here[drawn]])
+    middle, spread = (torch.cat([known, value.expand(DRAWS)]) for known, value in zip((middle, spread), moments(here)))
     z = ((logp - middle).sum() / spread.sum().clamp(min=1e-3).sqrt()).item()
-    figure = f"log pi of {len(logp)} sampled tokens is {z:+.1f} sigma from its expectation"
-    return "pass" if abs(z) < 5 else "fail", figure, "a generation default of the checkpoint, or another temperature, shapes the sampling"
+    figure = (f"log pi of {len(logp)} sampled tokens is {z:+.1f} sigma from its expectation; "
+              f"where the policy is least sure, {DRAWS} draws are among tokens that hold {held:.1%}")
+    mend = "a generation default of the checkpoint, or another temperature, shapes the sampling"
+    return "pass" if abs(z) < 5 and held ** DRAWS > 1e-6 else "fail", figure, mend
 
 
 def ratio(t):
@@ -275,35 +296,10 @@ def findable(t):
 # ---- the machine, and what there is to learn -------------------------------------------------------------------------
 
 def memory(t):
-    """A rough peak in bytes: weights + LoRA + the larger of rollout and update.
-
-    LoRA: 6 times its weights (gradient, AdamW's two moments, and the copies in memory of weights and moments as of the last step).
-    Rollout: keys and values, 2 x layers x key heads x head size, for every token that --rollout_batch rollouts can have.
-    Update, per token of --batch_tokens: a layer keeps 34 hidden values of 1 byte (Korthikanti et al. 2022, for 16 bits), or with
-    checkpointing 2, and one layer all 34; the attention mask; and 3 copies in fp32 of the logits of 1024 tokens.
-    """
-    cfg, shape, size = t.cfg, t.lm.config.get_text_config(), torch.finfo(t.lm.dtype).bits // 8
-    layers, hidden, heads = shape.num_hidden_layers, shape.hidden_size, shape.num_attention_heads
-    keys = (getattr(shape, "num_key_value_heads", None) or heads) * (getattr(shape, "head_dim", None) or hidden // heads)
-    longest = len(igpo.encode_prompt(t.tokenizer, t.few[0]["question"])) + cfg.max_turns * (cfg.max_new_tokens + cfg.max_info_tokens)
-    longest = min(longest, igpo.context_length(t.lm))
-    weights = sum(p.numel() * p.element_size() for p in t.model.parameters())
-    lora = 6 * sum(p.numel() * p.element_size() for p in t.model.parameters() if p.requires_grad)
-    cache = 2 * layers * keys * size * longest * min(cfg.rollout_batch, cfg.questions * cfg.group)
-    kept = 2 * layers + 34 if cfg.gradient_checkpointing else 34 * layers
-    update = max(cfg.batch_tokens, longest) * (kept * hidden * size // 2 + longest * (size + 3)) + 3 * 4 * 1024 * shape.vocab_size
-    if t.lm.device.type == "cuda":
-        device, have = "GPU", torch.cuda.get_device_properties(t.lm.device).total_memory
-    elif t.lm.device.type == "mps":
-        device, have = "GPU", torch.mps.recommended_max_memory()
-    else:
-        device, have = "machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    need, gb = weights + lora + max(cache, update), lambda n: f"{n / 2**30:.1f}"
-    figure = (f"about {gb(need)} of the {device}'s {gb(have)} GB: weights {gb(weights)}, LoRA and optimizer {gb(lora)}, "
-              f"rollout {gb(cache)}, update {gb(update)}")
-    mend = ("a smaller model, or --dtype bfloat16" if weights > have / 2 else "lower --rollout_batch" if cache > update else
-            "lower --batch_tokens" + ("" if cfg.gradient_checkpointing else ", or --gradient_checkpointing"))
-    return "fail" if need > have else "warn" if need > 0.8 * have else "pass", figure, mend
+    peak, have = igpo.memory_card(t.model, t.cfg)["peak"], igpo.device_memory()
+    figure = igpo.memory_line(t.model, t.cfg).removeprefix("Memory at most, computed: ")
+    mend = "lower what the line names; or a smaller model, --dtype bfloat16, --gradient_checkpointing"
+    return "fail" if peak > have else "warn" if peak > 0.8 * have else "pass", figure, mend
 
 
 def format_kept(t):
