@@ -1397,7 +1397,7 @@ def with_supporting_texts(questions: list[dict], cfg: Config) -> list[dict]:
     return [{**q, "supporting_texts": [texts[i] for i in q["supporting"]]} for q in questions]
 
 
-RESUME_MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "show_every"}     # all else would make it another run
+RESUME_MAY_CHANGE = {"resume", "steps", "rollout_batch", "batch_tokens", "eval_every", "save_every", "show_every"}     # all else would make it another run
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
