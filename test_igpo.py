@@ -1081,7 +1081,7 @@ def loss_on_all(honest, model, rollouts, *rest):
 
 def probe_at_the_end(honest, r, probes, schema):
     row = honest(r, probes, schema)
-    return {**row, "positions": list(range(len(row["ids"])))}
+    return {**row, "positions": list(range(row["length"], len(row["ids"])))}
 
 
 def dropout(model, tokenizer):
