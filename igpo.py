@@ -59,6 +59,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StoppingCriteria,
                           StoppingCriteriaList)
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 from search_tool import Passage, SearchError, clean_query, clean_text, open_search, read_passages
@@ -385,6 +386,23 @@ def left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, tor
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values, with room to grow: DynamicLayer copies them all for every token that is written."""
+    room = None
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        n, end = self.get_seq_length(), self.get_seq_length() + keys.shape[2]
+        if self.room is None or end > self.room[0].shape[2] or self.keys.data_ptr() != self.room[0].data_ptr():      # full, or rows have left
+            self.room = [x.new_empty(*x.shape[:2], end + 128, x.shape[3]) for x in (keys, values)]
+            if n:
+                self.room[0][:, :, :n], self.room[1][:, :, :n] = self.keys, self.values
+        self.room[0][:, :, n:end], self.room[1][:, :, n:end] = keys, values
+        self.keys, self.values = (x[:, :, :end] for x in self.room)
+        return self.keys, self.values
+
+
 def rollout(model, tokenizer, questions: list[dict], search, cfg: Config) -> list[Rollout]:
     """Sample cfg.group rollouts for each question, all turns. Question-major: group i is [i * G : (i + 1) * G].
 
@@ -415,6 +433,7 @@ def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> N
     sampling = GenerationConfig(**shape, max_new_tokens=cfg.max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(eos), use_cache=True)
     checkpoints_defaults, lm.generation_config = lm.generation_config, sampling
     cache = DynamicCache(config=lm.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     ids, seen = left_pad([r.ids for r in live], tokenizer.pad_token_id, lm.device)       # (B, P) physical slots; 1: holds a token
     row_of = {}                          # texts that rows share (the prompt of a group) are read once, but for the token that generate() starts from
     copies = [row_of.setdefault(tuple(r.ids), len(row_of)) for r in live]
