@@ -63,6 +63,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StoppingCriteria,
                           StoppingCriteriaList)
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 from search_tool import Passage, SearchError, checksum, clean_query, clean_text, open_search, read_passages
@@ -398,6 +399,23 @@ def left_pad(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, tor
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values, with room to grow: DynamicLayer copies them all for every token that is written."""
+    room = None
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        n, end = self.get_seq_length(), self.get_seq_length() + keys.shape[2]
+        if self.room is None or end > self.room[0].shape[2] or self.keys.data_ptr() != self.room[0].data_ptr():      # full, or rows have left
+            self.room = [x.new_empty(*x.shape[:2], end + 128, x.shape[3]) for x in (keys, values)]
+            if n:
+                self.room[0][:, :, :n], self.room[1][:, :, :n] = self.keys, self.values
+        self.room[0][:, :, n:end], self.room[1][:, :, n:end] = keys, values
+        self.keys, self.values = (x[:, :, :end] for x in self.room)
+        return self.keys, self.values
+
+
 def rollout(model, tokenizer, questions: list[dict], search, cfg: Config) -> list[Rollout]:
     """Sample cfg.group rollouts for each question, all turns. Question-major: group i is [i * G : (i + 1) * G].
 
@@ -428,6 +446,7 @@ def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> N
     sampling = GenerationConfig(**shape, max_new_tokens=cfg.max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(eos), use_cache=True)
     checkpoints_defaults, lm.generation_config = lm.generation_config, sampling
     cache = DynamicCache(config=lm.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     ids, seen = left_pad([r.ids for r in live], tokenizer.pad_token_id, lm.device)       # (B, P) physical slots; 1: holds a token
     row_of = {}                          # texts that rows share (the prompt of a group) are read once, but for the token that generate() starts from
     copies = [row_of.setdefault(tuple(r.ids), len(row_of)) for r in live]
@@ -489,30 +508,31 @@ HEAD_CHUNK = 256    # tokens that pass the LM head at once; of its logits four f
 def token_logps(lm, rows: list[dict], temperature: float, chunk: int = HEAD_CHUNK) -> list[torch.Tensor]:
     """log pi of chosen tokens: the one function for policy, old policy, reference and belief.
 
-    Each row is {"ids", "positions", "segment", "limit", "targets"}; the token at index j of "targets" is predicted from the
-    token before it. Token q sees token k <= q if k is of the same segment, or of segment 0 (the trajectory) and k < limit[q].
+    Each row is {"ids", "length", "positions", "limit", "targets"}; the token at index j of "targets" is predicted from the token
+    before it. The first "length" ids are a rollout, read under the model's own causal mask. The others are probes, for which
+    "positions" and "limit" have an entry per token: a probe's token sees the rollout before limit and its own probe up to itself.
     Returns per row an fp32 tensor (len(targets),). Only the targets pass the LM head, in chunks that are recomputed in the
     backward, so that (length x vocabulary) is never held.
 
-    Two rollout tokens r, and a probe p of two tokens read after the first of them (limit 1), as `one_pass` lays them out:
+    Two rollout tokens r, and a probe p of two tokens read after the first of them, as `one_pass` lays them out:
 
         ids        r0 r1 p0 p1          p0 sees r0 and itself, p1 sees r0, p0 and itself
-        positions   0  1  1  2          as if the probe stood where r1 stands
-        segment     0  0  1  1
-        limit       2  2  1  1
+        positions         1  2          as if the probe stood where r1 stands
+        limit             1  1
     """
-    device, width = lm.device, max(len(r["ids"]) for r in rows)
-
-    def column(key, fill):
-        return torch.tensor([r[key] + [fill] * (width - len(r["ids"])) for r in rows], device=device)
-    segment, limit, k = column("segment", -1), column("limit", 0), torch.arange(width, device=device)
-    visible = (k[None, None, :] <= k[None, :, None]) & (                                              # (B, query, key)
-        (segment[:, None, :] == segment[:, :, None]) | ((segment[:, None, :] == 0) & (k[None, None, :] < limit[:, :, None])))
-    mask = torch.zeros(visible.shape, dtype=lm.dtype, device=device).masked_fill_(~visible, torch.finfo(lm.dtype).min)
-    hidden = lm.base_model(input_ids=column("ids", 0), position_ids=column("positions", 0), attention_mask=mask[:, None], use_cache=False)[0]  # (B, width, H)
-    index = [(b, j) for b, r in enumerate(rows) for j in r["targets"]]
-    b, j = torch.tensor(index, device=device).T
-    hidden, targets, head = hidden[b, j - 1], column("ids", 0)[b, j], lm.get_output_embeddings()
+    def column(lists):
+        return pad_sequence([torch.tensor(x, dtype=torch.long) for x in lists], batch_first=True).to(lm.device)
+    ids, probes = column([r["ids"][:r["length"]] for r in rows]), column([r["ids"][r["length"]:] for r in rows])    # (B, L), (B, P)
+    cache = DynamicCache(config=lm.config) if probes.numel() else None
+    hidden = lm.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)[0]    # no mask: padding stands on the right, where none looks
+    if cache is not None:       # the probes of all turns at once, on the rollout's keys and values
+        limit, k = column([r["limit"] for r in rows]), torch.arange(max(ids.shape[1], probes.shape[1]), device=lm.device)
+        visible = torch.cat([k[:ids.shape[1]] < limit[:, :, None], (limit[:, None, :] == limit[:, :, None]) & (k[:probes.shape[1]] <= k[:probes.shape[1], None])], 2)
+        mask = torch.zeros(visible.shape, dtype=lm.dtype, device=lm.device).masked_fill_(~visible, torch.finfo(lm.dtype).min)     # (B, P, L + P)
+        asked = lm.base_model(input_ids=probes, position_ids=column([r["positions"] for r in rows]), attention_mask=mask[:, None], past_key_values=cache, use_cache=True)[0]
+        hidden = torch.cat([hidden, asked], 1)
+    b, j = torch.tensor([(b, j if j < r["length"] else j - r["length"] + ids.shape[1]) for b, r in enumerate(rows) for j in r["targets"]], device=lm.device).T
+    hidden, targets, head = hidden[b, j - 1], torch.cat([ids, probes], 1)[b, j], lm.get_output_embeddings()
 
     def score_chunk(h, t):
         logits = head(h).float() / (temperature or 1.0)
@@ -527,14 +547,11 @@ def one_pass(rollout: Rollout, probes: list[list[int]], schema: int) -> dict:
 
     Targets: the policy's tokens, then the gold tokens of each probe. A probe takes the positions that follow its boundary.
     """
-    n = len(rollout.ids)
-    row = {"ids": list(rollout.ids), "positions": list(range(n)), "segment": [0] * n, "limit": [n] * n,
-           "targets": [j for j, m in enumerate(rollout.mask) if m]}
-    for c, (boundary, probe) in enumerate(zip(rollout.boundaries, probes), 1):
+    row = {"ids": list(rollout.ids), "length": len(rollout.ids), "positions": [], "limit": [], "targets": [j for j, m in enumerate(rollout.mask) if m]}
+    for boundary, probe in zip(rollout.boundaries, probes):
         start = len(row["ids"])
         row["ids"] += probe
         row["positions"] += range(boundary, boundary + len(probe))
-        row["segment"] += [c] * len(probe)
         row["limit"] += [boundary] * len(probe)
         row["targets"] += range(start + schema, start + len(probe))
     return row

@@ -895,6 +895,17 @@ def test_long_golds_are_cut_and_said_and_long_questions_refused(demo, tmp_path, 
         igpo.check_data(tokenizer, [{"id": "long", "question": "who " * 3000, "answers": ["x"]}], model, cfg)
 
 
+def test_resume_may_change_the_batch_sizes(run, tmp_path):
+    """As one must after running out of memory, or on another machine."""
+    import shutil
+    out = tmp_path / "smaller"
+    shutil.copytree(run, out)
+    assert igpo.main(["--resume", str(out), "--steps", "5", "--rollout_batch", "2", "--batch_tokens", "600"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["rollout_batch"], config["batch_tokens"]) == (2, 600)
+    assert [r["step"] for r in rows_of(out)] == [0, 1, 2, 3, 4, 5] and rows_of(out)[:5] == rows_of(run)
+
+
 def test_resume_refuses_what_would_be_another_run(run, tmp_path, capsys):
     import shutil
     for spoil, argv, said in (
@@ -1680,7 +1691,7 @@ def loss_on_all(honest, model, rollouts, *rest):
 
 def probe_at_the_end(honest, r, probes, schema):
     row = honest(r, probes, schema)
-    return {**row, "positions": list(range(len(row["ids"])))}
+    return {**row, "positions": list(range(row["length"], len(row["ids"])))}
 
 
 def dropout(model, tokenizer):
