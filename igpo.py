@@ -129,7 +129,7 @@ class Config:
 
 
 # The embedded policy has 1M parameters and reads a page a turn: what it needs otherwise stands here and nowhere else.
-DEMO = dict(model="demo/policy", steps=20, max_turns=6, max_new_tokens=32, top_k=1, max_info_tokens=100,
+DEMO = dict(model="demo/policy", steps=30, max_turns=6, max_new_tokens=32, top_k=1, max_info_tokens=100,
             lr=1e-3, batch_tokens=2048, gradient_checkpointing=False, format_penalty=-0.1)
 
 
@@ -1383,64 +1383,6 @@ def load_checkpoint(out: Path, model, optimizer, data: dict) -> tuple[int, int]:
     return step, skipped
 
 
-# ---- looking at one group --------------------------------------------------------------------------------------------
-
-def explain(cfg: Config) -> None:
-    """Eq. 2-7 on one question and two of its rollouts, by the functions that train."""
-    cfg = replace(cfg, group=max(cfg.group, 2))
-    question = load_train(cfg.train)[0]
-    search = open_run_search(cfg)
-    model, tokenizer = load_model(cfg)
-    rollouts = rollout(model, tokenizer, [question], search, cfg)
-    old, beliefs = score(model, tokenizer, rollouts, [question["answers"]] * len(rollouts), cfg)
-    outcomes = [outcome_reward(r, question["answers"], cfg.format_penalty) for r in rollouts]
-    gains = [info_gains(b, cfg.gain) for b in beliefs]
-    rewards = turn_rewards(gains, outcomes, cfg.norm)
-    returns = turn_returns(gains, outcomes, cfg.gamma, cfg.norm)
-    order = sorted(range(len(rollouts)), key=lambda i: (outcomes[i], len(beliefs[i])))
-    two = [order[-1], order[0]]
-    flat = [g for gs in gains for g in gs]
-    print(f"Question: {question['question']}\nGold: {question['answers'][0]!r}, tokens {[tokenizer.decode(i) for i in encode_gold(tokenizer, question['answers'])]}\n"
-          f"A group of G = {len(rollouts)} rollouts (seed {cfg.seed}); the best and the worst of them are shown.\n"
-          f"Policy text is shown [in brackets], forced text is not.\n")
-    for name, i in zip("AB", two):
-        r = rollouts[i]
-        print(f"Rollout {name}: {len(r.ids)} tokens, {sum(r.mask)} of them the policy's; stop = {r.stop}, answer = {r.answer!r}")
-        print(f"  b_0 = {beliefs[i][0]:+.3f}   (Eq. 3, read at token {r.boundaries[0]}: mean log-prob of the gold tokens)")
-        for t in range(len(r.boundaries)):
-            own = [j for j in range(len(r.ids)) if r.turns[j] == t and r.mask[j]]
-            forced = [j for j in range(len(r.ids)) if r.turns[j] == t and not r.mask[j]]
-            print(f"  turn {t + 1}, tokens {own[0]}-{own[-1]}: [{' '.join(tokenizer.decode(r.ids[own[0]:own[-1] + 1]).split())}]")
-            if forced:
-                shown = " ".join(tokenizer.decode(r.ids[forced[0]:forced[-1] + 1]).split())
-                print(f"    tokens {forced[0]}-{forced[-1]}, masked: {shown[:110]}{'...' if len(shown) > 110 else ''}")
-            if t < len(gains[i]):
-                b = beliefs[i]
-                levels = f"{b[t + 1]:+.3f} - {b[t]:+.3f}" if cfg.gain == "logprob" else f"exp({b[t + 1]:+.3f}) - exp({b[t]:+.3f})"
-                print(f"    gain (Eq. 4) = {levels} = {gains[i][t]:+.3f};  normalised (Eq. 5) {rewards[i][t]:+.3f};  return (Eq. 6) {returns[i][t]:+.3f}")
-            else:
-                print(f"    outcome (Eq. 2) = {outcomes[i]:+.3f};  normalised (Eq. 5) {rewards[i][t]:+.3f};  return (Eq. 6) {returns[i][t]:+.3f}")
-        print()
-    print(f"Over the group: gains {mean(flat):+.3f} ± {std(flat):.3f}, outcomes {mean(outcomes):+.3f} ± {std(outcomes):.3f} (norm = {cfg.norm}, gamma = {cfg.gamma}, credit = igpo)\n")
-    # A step on these two alone, so that the ratio has moved from 1: the loss is shown before it and after it.
-    pick = lambda values: [values[i] for i in two]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr)
-    before = accumulate_gradient(model, pick(rollouts), pick(old), pick(old), pick(returns), cfg)
-    optimizer.step()
-    new, _ = forward_scores(model, tokenizer, pick(rollouts), None, cfg)
-    print("Eq. 7 for the first policy tokens of each, after one update on these two (before it every ratio is 1 and every KL 0):")
-    print("  rollout turn  token            log pi_old  log pi   ratio  clipped   return  surrogate   KL (k3)")
-    for name, i, logp in zip("AB", two, new):
-        own = [j for j, m in enumerate(rollouts[i].mask) if m]
-        for k in range(0, min(len(own), 12), 3):
-            R, ratio = returns[i][rollouts[i].turns[own[k]]], math.exp(logp[k] - old[i][k])
-            clipped, d = min(max(ratio, 1 - cfg.clip), 1 + cfg.clip), (old[i][k] - logp[k]).item()
-            print(f"  {name:>7} {rollouts[i].turns[own[k]] + 1:>4}  {tokenizer.decode(rollouts[i].ids[own[k]])!r:<16} {old[i][k]:>10.3f} {logp[k]:>7.3f} "
-                  f"{ratio:>7.3f}  {clipped:>7.3f}  {R:>+7.3f}  {min(ratio * R, clipped * R):>+9.3f}  {math.exp(d) - d - 1:>8.5f}")
-    after = accumulate_gradient(model, pick(rollouts), pick(old), pick(old), pick(returns), cfg)
-    print(f"  loss {before['loss']:+.4f} before the update, {after['loss']:+.4f} after; ratio farthest from 1: {before['ratio']:.6f} -> {after['ratio']:.3f}")
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 def locate(path: str) -> str:
@@ -1548,6 +1490,7 @@ def prepare(argv: list[str] | None) -> Config | int | None:
     if args.glossary:
         return print("\n".join(f"{key:18} {text}" for key, text in METRICS.items()))
     if args.explain:
+        from benchmarks.explain import explain      # here, since it imports this file
         return explain(cfg)
     if args.check:
         from benchmarks.check import check      # here, since it imports this file
