@@ -116,10 +116,12 @@ def read(out: Path) -> tuple[dict, list[dict]]:
             "score_share": mean("seconds_score") / mean("seconds"), "turns_start": steps[0]["turns"], "turns_end": mean("turns", steps[-5:]), **calibration}, curve
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval (Student's t)."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(len(values), float("nan"))
-    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
+def show(values: list[float]) -> str:
+    """Mean and half width of its 95 % interval (Student's t); the values themselves if there are fewer than three."""
+    if len(values) < 3:
+        return ", ".join(f"{v:.3f}" for v in values)
+    t = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}[len(values)]
+    return f"{statistics.mean(values):.3f} ± {t * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
 
 
 def tables(folder: Path) -> None:
@@ -140,7 +142,7 @@ def tables(folder: Path) -> None:
     for title, settings in (("Credits", MAIN), ("Parts of IGPO", {"igpo": {}, **ABLATION})):
         for regime, hops in HOPS.items():
             those = [f for f in finals if f["regime"] == regime and f["setting"] in settings]
-            if not those:
+            if len({f["setting"] for f in those}) < 2:
                 continue
             best = max(statistics.mean(f["best"] for f in those if f["setting"] == s) for s in {f["setting"] for f in those})
             start = statistics.mean(f["dev_f1_start"] for f in those)
@@ -152,16 +154,15 @@ def tables(folder: Path) -> None:
                 if not fs:
                     continue
                 m = lambda key: statistics.mean(f[key] for f in fs if key in f)
-                show = lambda key: "{:.3f} ± {:.3f}".format(*interval([f[key] for f in fs]))
                 reached = []
                 for f in fs:
                     own = [c for c in curves if (c["regime"], c["setting"], c["seed"]) == (regime, setting, f["seed"])]
                     reached.append(next(((c["step"], c["policy_tokens"] / 1000) for c in own if c["dev_f1"] >= best / 2), None))
                 got = [r for r in reached if r]
                 half = (f"{statistics.mean(s for s, _ in got):.0f}, {statistics.mean(t for _, t in got):.0f}" + (f" ({len(got)} of {len(fs)})" if len(got) < len(fs) else "")) if got else "never"
-                lines.append(f"| {setting} | {len(fs)} | {show('test_f1')} | {show('dev_f1')} | {m('area'):.3f} | {half} | {m('no_signal_outcome'):.0%} -> {m('no_signal_igpo'):.0%} "
+                lines.append(f"| {setting} | {len(fs)} | {show([f['test_f1'] for f in fs])} | {show([f['dev_f1'] for f in fs])} | {m('area'):.3f} | {half} | {m('no_signal_outcome'):.0%} -> {m('no_signal_igpo'):.0%} "
                              f"| {m('turns_start'):.1f} -> {m('turns_end'):.1f} | {m('gain_right_early'):+.2f} / {m('gain_wrong_early'):+.2f} | {m('seconds'):.1f} | {m('searches'):.0f} | {m('generated_tokens'):.0f} |")
-    (HERE / "evidence.md").write_text("Made by `python benchmarks/evidence.py`; ± is a 95 % interval over seeds.\n" + "\n".join(lines) + "\n")
+    (HERE / "evidence.md").write_text("Made by `python benchmarks/evidence.py`; ± is a 95 % interval over seeds, and fewer than three seeds stand one by one.\n" + "\n".join(lines) + "\n")
     print((HERE / "evidence.md").read_text())
     figure(curves)
 
@@ -171,8 +172,9 @@ def figure(curves: list[dict]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 3, figsize=(14, 4), sharey=True)
+    drawn = {}
     for axis, (regime, hops) in zip(axes, HOPS.items()):
-        for setting in MAIN:
+        for i, setting in enumerate(MAIN):
             by_step = defaultdict(list)
             for c in curves:
                 if c["regime"] == regime and c["setting"] == setting:
@@ -180,12 +182,12 @@ def figure(curves: list[dict]) -> None:
             if by_step:
                 steps = sorted(by_step)
                 middle = [statistics.mean(by_step[s]) for s in steps]
-                line, = axis.plot(steps, middle, label=setting)
-                axis.fill_between(steps, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps], color=line.get_color(), alpha=0.12)
+                drawn[setting], = axis.plot(steps, middle, color=f"C{i}")
+                axis.fill_between(steps, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps], color=f"C{i}", alpha=0.12)
         axis.set(title=f"{regime}: {' to '.join(map(str, sorted({hops[0], hops[-1]})))} hops", xlabel="step")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("dev F1 (greedy)")
-    axes[0].legend(frameon=False)
+    axes[0].legend(drawn.values(), drawn, frameon=False)
     fig.suptitle("Mean over seeds; the band is from the worst seed to the best", fontsize=10)
     fig.tight_layout()
     (HERE.parent / "docs").mkdir(exist_ok=True)
