@@ -2964,6 +2964,28 @@ def test_eval_plot_by_hand(tmp_path, capsys):
     assert (tmp_path / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (tmp_path / "c.png").stat().st_size > 20_000
 
 
+def test_real_text_by_hand_and_from_end_to_end(tmp_path, monkeypatch):
+    """benchmarks/real_text.py: its figures on two questions worked by hand, then the command on two demo questions."""
+    from benchmarks import real_text
+    row = lambda i, supporting, turn, gain: {"id": i, "supporting": supporting, "turn": turn, "yes_no": False, "holds": False, "logprob": gain, "prob": 0.0}
+    rows = [row("a", True, 0, 1.0), row("a", True, 0, 3.0), row("a", False, 0, -1.0), row("b", True, 0, -2.0), row("b", True, 0, 0.0), row("b", False, 0, 0.5)]
+    first = real_text.summarise(rows)["first search"]["logprob"]
+    assert first["supporting"]["value"] == 0.5 and first["supporting"]["rises"]["value"] == 0.5 and first["supporting"]["median"] == 0.5
+    assert (first["supporting"]["low"], first["supporting"]["high"]) == (-1.0, 2.0)            # question b alone, question a alone
+    assert first["difference"]["value"] == (2.0 + 4.0 - 2.5 - 0.5) / 4 and first["difference"]["gains"] == 4
+    demo = igpo.HERE / "demo"
+    questions = [q for q in igpo.load_questions(str(demo / "dev.jsonl")) if len(q["supporting"]) == 2][:2]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    monkeypatch.setattr(sys, "argv", ["real_text.py", "--model", str(demo / "policy"), "--questions", str(tmp_path / "q.jsonl"), "--corpus", str(demo / "corpus.jsonl"),
+                                      "--out", str(tmp_path / "r"), "--figure", str(tmp_path / "r.png")])
+    real_text.main()
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [(g["supporting"], g["turn"]) for g in found["gains"]] == [(True, 0), (True, 1), (True, 0), (True, 1), (False, 0), (False, 1)] * 2
+    assert all(g["logprob"] == g["after"] - g["before"] for g in found["gains"]) and (tmp_path / "r.png").stat().st_size > 10_000
+    # The order of the demo's chain reads the answer last: the embedded reader's belief rises by much there.
+    assert found["gains"][1]["holds"] and found["gains"][1]["logprob"] > 0.5
+
+
 def test_eval_of_a_trained_adapter_takes_the_episode_from_its_run(tmp_path, capsys, monkeypatch):
     """The adapter of a run changes the beliefs; max_turns and search come from its config.json unless given."""
     import torch
