@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import statistics
 import sys
@@ -114,7 +115,7 @@ def main() -> None:
         trainer.train()
     rates = {name: [tokens / seconds for seconds, tokens in steps[1:]] for name, steps in times.found.items()}      # the first warms up
     ratios = [a / b for a, b in zip(rates["ours"], rates["trl"])]
-    result = {"machine": f"{os.cpu_count()} cores of an x86 server, one thread, no GPU", **{m.__name__: m.__version__ for m in (torch, transformers, trl)},
+    result = {"machine": f"{os.cpu_count()} cores, {platform.machine()}, one thread, no GPU", **{m.__name__: m.__version__ for m in (torch, transformers, trl)},
               "policy tokens a step": {name: steps[-1][1] for name, steps in times.found.items()},
               "policy tokens per CPU second": {name: [round(f(r), 1) for f in (min, statistics.median, max)] for name, r in rates.items()},
               "ours / trl": [round(f(ratios), 3) for f in (min, statistics.median, max)]}
