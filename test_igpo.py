@@ -33,6 +33,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")     # before torch comes: a second thread only slows so small a policy. Processes that tests start inherit it
+
 import numpy as np
 import pytest
 import torch
