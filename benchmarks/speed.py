@@ -1,6 +1,6 @@
 """What the tricks of igpo.py are worth: belief, rollout, update and a whole step beside the obvious forms of the same.
 
-    OMP_NUM_THREADS=1 python benchmarks/speed.py       the demo policy and a Qwen2.5-0.5B shape, in half an hour: writes speed.md, speed.json
+    OMP_NUM_THREADS=1 python benchmarks/speed.py       the demo policy and a Qwen2.5-0.5B shape: writes speed.md and speed.json
     python benchmarks/speed.py --quick                 the demo policy alone, nothing written; the last line is one JSON object
     python benchmarks/speed.py --memory                what fits 8, 16, 24 and 80 GB, computed by igpo.memory_card: the README's table
 
