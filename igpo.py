@@ -357,6 +357,8 @@ def context_length(lm) -> int:
 
 
 def first_line(error: Exception) -> str:
+    if str(error).startswith("Weights only load failed"):  # torch goes on to recommend running it
+        return "it holds a pickle of more than weights, which is not run"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -90,11 +90,11 @@ def clean_query(query) -> str:
 def _passage(row: dict, score: float = 0.0) -> Passage:
     """{"id", "title", "text"} or Search-R1's {"id", "contents"} (the title, maybe in quotes, on the first line)."""
     title, text = row.get("title") or "", row.get("text")
-    if text is None:
+    if text is None and "contents" in row:
         title, newline, text = row["contents"].partition("\n")
         title, text = (title.strip().strip('"'), text) if newline else ("", title)
-    if not isinstance(title, str) or not isinstance(text, str) or not isinstance(row["id"], (str, int)):
-        raise TypeError('"id", "title" or "text" is of a wrong type')
+    if not isinstance(title, str) or not isinstance(text, str) or not isinstance(row.get("id"), (str, int)):
+        raise TypeError('"id", "title" or "text" is missing or of a wrong type')
     return Passage(str(row["id"]), title, text, float(score or 0.0), str(row.get("url") or ""))
 
 
