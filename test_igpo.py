@@ -30,6 +30,7 @@ from contextlib import closing, suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -1114,7 +1115,9 @@ def lives(run, out, kills, seed):
             else:
                 assert any("Results go to" in line for line in said)
                 load = time.monotonic() - start
-                time.sleep(rng.random() * 2 * pace if killed < kills else 0)
+                if killed < kills:
+                    list(islice(said, rng.randrange(1, 4)))                       # the memory, the evaluation before step 1, a step
+                    time.sleep(rng.random() * pace)
             if killed < kills:
                 os.kill(child, signal.SIGKILL)
             said.read()
@@ -1125,15 +1128,17 @@ def lives(run, out, kills, seed):
             argv = None
             moments["ended"] += 1
             if killed == kills:
+                assert len(moments) > 2, moments                                  # not all of them at one step
                 return print(dict(moments))
             continue
         killed += 1
         with suppress(UserError):
             folder = igpo.find_checkpoint(out)
-            step = torch.load(folder / "state.pt", weights_only=True)["step"]
+            state, adapter = torch.load(folder / "state.pt", weights_only=True), load_file(folder / "adapter_model.safetensors")
+            step, own = state["step"], {name.replace(".default", ""): value for name, value in state["adapter"].items()}
+            assert set(own) == set(adapter) and all(torch.equal(own[name], adapter[name]) for name in own)         # both of one step
             lines = (out / "metrics.jsonl").read_bytes().split(b"\n")[:-1]       # what stands behind the last line end was cut
             assert not lines or step >= json.loads(lines[-1])["step"] - 1
-            assert (step == 0) == all((value == 0).all() for name, value in load_file(folder / "adapter_model.safetensors").items() if "lora_B" in name)
             moments[step] += 1
             argv = ["--resume", str(out)]
 
