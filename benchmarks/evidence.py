@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 HOPS = {"dense": (2,), "sparse": (4,), "mixed": (2, 3, 4)}
-STEPS = {"dense": 20, "sparse": 20, "mixed": 30}
+STEPS = {"dense": 20, "sparse": 40, "mixed": 30}
 MAIN = {
     "igpo": {},
     "grpo": {"credit": "grpo"},
@@ -48,7 +48,7 @@ ABLATION = {
     "gamma 0.5": {"gamma": 0.5},
     "curriculum": {"curriculum": True},
 }
-COMMON = dict(questions=8, group=8, eval_every=5, eval_questions=100, show_every=0)
+COMMON = dict(questions=8, group=8, eval_every=5, eval_questions=200, show_every=0)
 
 
 def write_questions(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Make everything in this folder, deterministically: an invented world, and a tiny policy to search it.
 
-    python demo/make.py                      # all of it, about a quarter of an hour on two cores
+    python demo/make.py                      # all of it, about 20 minutes on one core
     python demo/make.py --only data          # corpus.jsonl, train.jsonl, dev.jsonl, test.jsonl (a second)
     python demo/make.py --only policy        # policy/
     python demo/make.py --only diagnostics   # diagnostics.json: what the warm start can and cannot do (a minute)
@@ -40,7 +40,7 @@ import statistics
 import sys
 import time
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -325,27 +325,39 @@ def check_tokenizer(tokenizer):
 #              that the reader meets wrong pages as often as the searcher errs, and is calibrated on them)
 #   plan       the words for whom to look up, which the question alone decides
 # The policy is made a good searcher first and then, briefly, taught the habits of a poor one. So what training with rewards
-# has to do here is to unlearn habits and bring back a skill that is still there below them; it cannot be said to find one.
+# has to do here is to unlearn habits and bring back a skill that lies below them; it cannot be said to find one.
 
-RIGHT_FIRST, RIGHT_NEXT = 0.4, 0.45        # how often the poor searcher looks up the next entity of the chain: the ship, a person
-HABIT = 0.75                               # else: the person named first on the page this often, anyone on it otherwise
-STOP, STOP_DONE = 0.1, 0.8                 # how often it answers after a search, before and after it has read the whole chain
+
+@dataclass(frozen=True)
+class Habits:
+    """How a poor searcher errs. Probabilities."""
+    ship: float          # to look up the ship by its whole name; else by half of it, which finds another ship
+    right: float         # to look up the person whom the question needs
+    named_first: float   # else: the person named first on the page, and anyone on it otherwise
+    done: float          # to answer after a search, once the whole chain was read
+
+
+WANDERER = Habits(ship=0.4, right=0.45, named_first=0.75, done=0.8)     # meets wrong pages of many kinds; never imitated
+POOR = Habits(ship=0.0, right=0.25, named_first=0.9, done=0.95)
+STOP = 0.1               # how often either answers after a search before that
+LINGER = 0.3             # `done` where the gold path is only read: what was found must still be known some pages later
 MAX_TURNS = 6
 
 
-def next_lookup(world, question: dict, read: list[str], last: str, rng: random.Random, gold_path: bool) -> tuple[str, str, str]:
+def next_lookup(world, question: dict, read: list[str], last: str, rng: random.Random, gold_path: bool,
+                habits: Habits) -> tuple[str, str, str]:
     """(whose, relation, name) that a searcher looks up next, having read these pages, the last as somebody's `last`."""
     chain, relations = question["chain"], ["", "ship"] + question["relations"]    # relations[i + 1] leads to chain[i]
     at = next((i for i, title in enumerate(chain) if title not in read), len(chain))
     here = world.facts.get(read[-1], {}) if read else {}
     # What it sees is the page before it; the ship of the question and its crew have words of their own and can be gone back to.
-    if at < len(chain) and (at < 2 or chain[at] in here.values()) and (gold_path or rng.random() < (RIGHT_NEXT if at else RIGHT_FIRST)):
+    if at < len(chain) and (at < 2 or chain[at] in here.values()) and (gold_path or rng.random() < (habits.right if at else habits.ship)):
         return relations[at], relations[at + 1], chain[at]
     text = world.page_of[read[-1]]["text"] if here else ""
     persons = sorted((r for r in here if r in SHIP_RELATIONS + PERSON_RELATIONS), key=lambda r: text.index(f"the {r} "))
     if not persons:
         return "", "ship", chain[0].split()[1]                                    # half of the name: finds another ship
-    relation = persons[0] if rng.random() < HABIT else rng.choice(persons)
+    relation = persons[0] if rng.random() < habits.named_first else rng.choice(persons)
     return last, relation, here[relation]
 
 
@@ -356,7 +368,7 @@ def look_up(tokenizer, whose: str, relation: str, name: str) -> list[int]:
     return igpo.encode(tokenizer, f"\n{thought}\n</think>\n<search> {name} </search>")
 
 
-def scripted_rollout(tokenizer, world, search, question: dict, rng: random.Random, gold_path: bool):
+def scripted_rollout(tokenizer, world, search, question: dict, rng: random.Random, gold_path: bool, habits: Habits = POOR):
     """A trajectory as igpo.rollout would have written it, by a searcher that follows the chain or by a poor one."""
     import igpo
 
@@ -365,12 +377,12 @@ def scripted_rollout(tokenizer, world, search, question: dict, rng: random.Rando
     read, relation = [], ""
     for turn in range(MAX_TURNS):
         done = set(question["chain"]) <= set(read)
-        stop = turn > 0 and rng.random() < (STOP_DONE if done else 0 if gold_path else STOP)
+        stop = turn > 0 and rng.random() < (habits.done if done else 0 if gold_path else STOP)
         if stop or turn == MAX_TURNS - 1:
             r.write(igpo.encode(tokenizer, f"\n{ENOUGH}\n</think>\n<answer>\n{question['answers'][0]}\n</answer>"), True, turn)
             r.answer, r.stop = question["answers"][0], "answer"
             return r
-        whose, relation, name = next_lookup(world, question, read, relation, rng, gold_path)
+        whose, relation, name = next_lookup(world, question, read, relation, rng, gold_path, habits)
         r.write(look_up(tokenizer, whose, relation, name), True, turn)
         found = search.search(name, 1)
         r.queries.append(name)
@@ -439,6 +451,7 @@ class Stage:
     pages: float = 0.0      # one page, two times in three the last
     taught: float = 0.0     # the gold path, to read and to search
     read: float = 0.0       # the gold path, to read only
+    habits: Habits = WANDERER
     poor: bool = False      # whether the poor searcher is imitated; else its pages are only read
 
 
@@ -446,8 +459,8 @@ ROWS = 32
 # First the parts, in short rows; then a good searcher, since only who knows the right next word can tell a wrong page from a
 # right one; last and briefly the poor one. A long poor stage would wipe out what reinforcement is to bring back.
 STAGES = (Stage(225, 1.5e-3, 1e-3, plans=0.15, pages=0.85),
-          Stage(600, 1.5e-3, 1e-4, plans=0.05, pages=0.2, taught=0.5),
-          Stage(75, 3e-4, 3e-5, read=0.35, poor=True))
+          Stage(600, 1.5e-3, 1e-4, plans=0.05, pages=0.2, taught=0.45, read=0.15),
+          Stage(100, 3e-4, 3e-5, taught=0.15, read=0.25, habits=POOR, poor=True))
 
 
 def wire_induction_head(model, tokenizer):
@@ -479,7 +492,7 @@ def wire_induction_head(model, tokenizer):
 
 
 def make_policy(folder: Path, tokenizer, hidden: int = 128, layers: int = 4):
-    """Train the policy from nothing (about a quarter of an hour on two cores) and save it as an ordinary Hugging Face model folder."""
+    """Train the policy from nothing (about 20 minutes on one core) and save it as an ordinary Hugging Face model folder."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -487,6 +500,7 @@ def make_policy(folder: Path, tokenizer, hidden: int = 128, layers: int = 4):
     from search_tool import BM25, Passage
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)     # the same sums on any machine with the same instructions
     rng = random.Random("warm start")
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
@@ -516,11 +530,14 @@ def make_policy(folder: Path, tokenizer, hidden: int = 128, layers: int = 4):
                 elif part < stage.plans + stage.pages:
                     last = question["hops"] - 1
                     row, kind = page_row(tokenizer, world, question, last if rng.random() < 0.6 else rng.randint(0, last))
+                elif part < stage.plans + stage.pages + stage.taught:
+                    rollout = scripted_rollout(tokenizer, world, search, question, rng, True, stage.habits)
+                    row, kind = training_row(tokenizer, rollout, gold, True)
                 elif part < stage.plans + stage.pages + stage.taught + stage.read:
-                    rollout = scripted_rollout(tokenizer, world, search, question, rng, True)
-                    row, kind = training_row(tokenizer, rollout, gold, stage.taught > 0)
+                    rollout = scripted_rollout(tokenizer, world, search, question, rng, True, replace(stage.habits, done=LINGER))
+                    row, kind = training_row(tokenizer, rollout, gold, False)
                 else:
-                    rollout = scripted_rollout(tokenizer, world, search, question, rng, False)
+                    rollout = scripted_rollout(tokenizer, world, search, question, rng, False, stage.habits)
                     row, kind = training_row(tokenizer, rollout, gold, stage.poor)
                 rows.append(row)
                 kinds.append(torch.tensor(kind))
@@ -559,8 +576,6 @@ def diagnose(folder: Path, world: World, questions: list[dict], samples: int = 4
     f1             by hops: F1 of sampled and of greedy rollouts, exact match, turns
     """
     import torch
-    from dataclasses import replace
-
     import igpo
     from search_tool import BM25, Passage
 
