@@ -1175,14 +1175,24 @@ def device_memory() -> int:
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def fit(model, cfg: Config) -> Config:
+    """cfg with rollout_batch and batch_tokens halved until memory_card() stays within nine tenths of the device, as far as that helps."""
+    while (card := memory_card(model, cfg))["peak"] > 0.9 * device_memory():
+        name = "rollout_batch" if card["rollouts"] > card["update"] else "batch_tokens"
+        less = replace(cfg, **{name: max(getattr(cfg, name) // 2, 1)})
+        if memory_card(model, less)["peak"] == card["peak"]:
+            break
+        cfg = less
+    return cfg
+
+
 def memory_line(model, cfg: Config) -> str:
-    """memory_card() in one line, with what the device has and, if that is less, what to lower."""
+    """memory_card() in one line, with what the device has."""
     card = {key: value / 2**20 for key, value in memory_card(model, cfg).items()}
     there = device_memory() / 2**20
-    option = "--rollout_batch" if card["rollouts"] > card["update"] else "--batch_tokens"
     return (f"Memory at most, computed: weights {card['weights']:,.0f} MB + adapter and optimizer {card['adapter']:,.0f} + the larger of rollouts {card['rollouts']:,.0f} "
             f"(--rollout_batch {cfg.rollout_batch}) and update {card['update']:,.0f} (--batch_tokens {cfg.batch_tokens}) = {card['peak']:,.0f} MB of {there:,.0f}."
-            + f" That may not fit: lower {option}." * (card["peak"] > there))
+            + " That may not fit." * (card["peak"] > there))
 
 
 def train(cfg: Config) -> Path:
@@ -1193,6 +1203,7 @@ def train(cfg: Config) -> Path:
     questions, dev = load_train(cfg.train), load_questions(locate(cfg.dev))[:cfg.eval_questions]
     search = MeteredSearch(open_run_search(cfg))
     model, tokenizer = load_model(cfg)
+    cfg, asked = fit(model, cfg), cfg
     if not rank:
         gathered([])
     check_data(tokenizer, questions, model, cfg)
@@ -1221,6 +1232,9 @@ def train(cfg: Config) -> Path:
         print(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.2f}M of them LoRA, "
               f"{model.dtype} on {model.device.type}. {len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, "
               f"steps {done + 1} to {cfg.steps}. Results go to {out}.\n{memory_line(model, cfg)}", flush=True)
+        for name in ("rollout_batch", "batch_tokens"):
+            if getattr(cfg, name) < getattr(asked, name):
+                print(f"note: --{name} lowered from {getattr(asked, name)} to {getattr(cfg, name)}, to fit the memory")
 
         def log(file, row):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
