@@ -99,7 +99,7 @@ def read(out: Path) -> tuple[dict, list[dict]]:
             curve.append({"step": row["step"], "policy_tokens": tokens, "dev_f1": row["eval_f1"], "turns": row["eval_turns"]})
     mean = lambda key, some=steps: statistics.mean(row[key] for row in some)
     area = sum((b["step"] - a["step"]) * (a["dev_f1"] + b["dev_f1"]) / 2 for a, b in zip(curve, curve[1:])) / curve[-1]["step"]
-    gains = defaultdict(list)             # calibration: what right and wrong searches gained, early and late in the run
+    earned = defaultdict(list)            # what right and wrong searches gained and were credited with (Eq. 6), early and late in the run
     for line in open(out / "rollouts.jsonl"):
         r = json.loads(line)
         part = "early" if r["step"] <= 5 else "late" if r["step"] > len(steps) - 5 else None
@@ -107,9 +107,10 @@ def read(out: Path) -> tuple[dict, list[dict]]:
         for turn in r["turns"]:
             new = {p["id"] for p in turn["passages"]} - met
             if part and turn["gain"] is not None:
-                gains[part, bool(new & set(r["supporting"]))].append(turn["gain"])
+                for what in ("gain", "return"):
+                    earned[what, "right" if new & set(r["supporting"]) else "wrong", part].append(turn[what])
             met |= new
-    calibration = {f"gain_{'right' if right else 'wrong'}_{part}": statistics.mean(values) for (part, right), values in gains.items()}
+    calibration = {"_".join(key): statistics.mean(values) for key, values in earned.items()}
     return {**final, "dev_f1_start": curve[0]["dev_f1"], "dev_f1": curve[-1]["dev_f1"], "best": max(c["dev_f1"] for c in curve), "area": area,
             "no_signal_outcome": mean("no_signal_outcome"), "no_signal_igpo": mean("no_signal_igpo"), "seconds": mean("seconds"),
             "searches": mean("searches"), "generated_tokens": mean("generated_tokens"), "policy_tokens": mean("policy_tokens"),
@@ -147,8 +148,8 @@ def tables(folder: Path) -> None:
             best = max(statistics.mean(f["best"] for f in those if f["setting"] == s) for s in {f["setting"] for f in those})
             start = statistics.mean(f["dev_f1_start"] for f in those)
             lines += [f"\n**{title}, {regime}** ({' to '.join(map(str, sorted({hops[0], hops[-1]})))} hops, {STEPS[regime]} steps; warm start: dev F1 {start:.3f})\n",
-                      "| setting | seeds | test F1 | dev F1 | area | half of the best (steps, 1,000 tokens) | no signal (outcome -> IGPO) | turns | gain right / wrong, early | s a step | searches | generated |",
-                      "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+                      "| setting | seeds | test F1 | dev F1 | area | half of the best (steps, 1,000 tokens) | no signal (outcome -> IGPO) | turns | gain right / wrong, early | return right / wrong, early | s a step | searches | generated |",
+                      "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
             for setting in settings:
                 fs = [f for f in those if f["setting"] == setting]
                 if not fs:
@@ -158,10 +159,10 @@ def tables(folder: Path) -> None:
                 for f in fs:
                     own = [c for c in curves if (c["regime"], c["setting"], c["seed"]) == (regime, setting, f["seed"])]
                     reached.append(next(((c["step"], c["policy_tokens"] / 1000) for c in own if c["dev_f1"] >= best / 2), None))
-                got = [r for r in reached if r]
+                got = [r for r in reached if r] if best > 2 * start else []      # else no one learned anything to speak of
                 half = (f"{statistics.mean(s for s, _ in got):.0f}, {statistics.mean(t for _, t in got):.0f}" + (f" ({len(got)} of {len(fs)})" if len(got) < len(fs) else "")) if got else "never"
                 lines.append(f"| {setting} | {len(fs)} | {show([f['test_f1'] for f in fs])} | {show([f['dev_f1'] for f in fs])} | {m('area'):.3f} | {half} | {m('no_signal_outcome'):.0%} -> {m('no_signal_igpo'):.0%} "
-                             f"| {m('turns_start'):.1f} -> {m('turns_end'):.1f} | {m('gain_right_early'):+.2f} / {m('gain_wrong_early'):+.2f} | {m('seconds'):.1f} | {m('searches'):.0f} | {m('generated_tokens'):.0f} |")
+                             f"| {m('turns_start'):.1f} -> {m('turns_end'):.1f} | {m('gain_right_early'):+.2f} / {m('gain_wrong_early'):+.2f} | {m('return_right_early'):+.2f} / {m('return_wrong_early'):+.2f} | {m('seconds'):.1f} | {m('searches'):.0f} | {m('generated_tokens'):.0f} |")
     (HERE / "evidence.md").write_text("Made by `python benchmarks/evidence.py`; ± is a 95 % interval over seeds, and fewer than three seeds stand one by one.\n" + "\n".join(lines) + "\n")
     print((HERE / "evidence.md").read_text())
     figure(curves)
