@@ -130,7 +130,7 @@ class Config:
 
 # The embedded policy has 1M parameters and reads a page a turn: what it needs otherwise stands here and nowhere else.
 DEMO = dict(model="demo/policy", steps=30, max_turns=6, max_new_tokens=32, top_k=1, max_info_tokens=100,
-            lr=5e-4, batch_tokens=2048, gradient_checkpointing=False, format_penalty=-0.1)
+            lr=5e-4, batch_tokens=2048, gradient_checkpointing=False, format_penalty=-0.1, gain="prob")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ ABLATION = {
     "gains only": {"credit": "ig"},
     "prob, joint (v1)": {"gain": "prob", "norm": "joint"},
     "prob, separate": {"gain": "prob", "norm": "separate"},
-    "prob, turn": {"gain": "prob"},
+    "logprob, turn": {"gain": "logprob"},
     "logprob, scale": {"gain": "logprob", "norm": "scale"},
     "prob, scale": {"gain": "prob", "norm": "scale"},
     "reference's belief": {"belief": "reference"},
@@ -104,11 +104,12 @@ def read(out: Path) -> tuple[dict, list[dict]]:
         r = json.loads(line)
         part = "early" if r["step"] <= 5 else "late" if r["step"] > len(steps) - 5 else None
         met = set()
-        for turn in r["turns"]:
+        for t, turn in enumerate(r["turns"]):
             new = {p["id"] for p in turn["passages"]} - met
             if part and turn["gain"] is not None:
-                for what in ("gain", "return"):
-                    earned[what, "right" if new & set(r["supporting"]) else "wrong", part].append(turn[what])
+                kind = "right" if new & set(r["supporting"]) else "wrong"
+                earned["gain", kind, part].append(r["beliefs"][t + 1] - r["beliefs"][t])        # in nats, whatever --gain is
+                earned["return", kind, part].append(turn["return"])
             met |= new
     calibration = {"_".join(key): statistics.mean(values) for key, values in earned.items()}
     return {**final, "dev_f1_start": curve[0]["dev_f1"], "dev_f1": curve[-1]["dev_f1"], "best": max(c["dev_f1"] for c in curve), "area": area,
@@ -163,7 +164,7 @@ def tables(folder: Path) -> None:
                 half = (f"{statistics.mean(s for s, _ in got):.0f}, {statistics.mean(t for _, t in got):.0f}" + (f" ({len(got)} of {len(fs)})" if len(got) < len(fs) else "")) if got else "never"
                 lines.append(f"| {setting} | {len(fs)} | {show([f['test_f1'] for f in fs])} | {show([f['dev_f1'] for f in fs])} | {m('area'):.3f} | {half} | {m('no_signal_outcome'):.0%} -> {m('no_signal_igpo'):.0%} "
                              f"| {m('turns_start'):.1f} -> {m('turns_end'):.1f} | {m('gain_right_early'):+.2f} / {m('gain_wrong_early'):+.2f} | {m('return_right_early'):+.2f} / {m('return_wrong_early'):+.2f} | {m('seconds'):.1f} | {m('searches'):.0f} | {m('generated_tokens'):.0f} |")
-    (HERE / "evidence.md").write_text("Made by `python benchmarks/evidence.py`; ± is a 95 % interval over seeds, and fewer than three seeds stand one by one.\n" + "\n".join(lines) + "\n")
+    (HERE / "evidence.md").write_text("Made by `python benchmarks/evidence.py`; ± is a 95 % interval over seeds, and fewer than three seeds stand one by one. Gains are in nats.\n" + "\n".join(lines) + "\n")
     print((HERE / "evidence.md").read_text())
     figure(curves)
 
