@@ -1177,10 +1177,12 @@ def device_memory() -> int:
 
 def fit(model, cfg: Config) -> Config:
     """cfg with rollout_batch and batch_tokens halved until memory_card() stays within nine tenths of the device, as far as that helps."""
-    while (card := memory_card(model, cfg))["peak"] > 0.9 * device_memory():
+    card = memory_card(model, cfg)
+    while card["peak"] > 0.9 * device_memory():
         name = "rollout_batch" if card["rollouts"] > card["update"] else "batch_tokens"
         less = replace(cfg, **{name: max(getattr(cfg, name) // 2, 1)})
-        if memory_card(model, less)["peak"] == card["peak"]:
+        before, card = card, memory_card(model, less)
+        if card["peak"] == before["peak"]:
             break
         cfg = less
     return cfg

@@ -990,7 +990,7 @@ def test_demo_diagnostics_say_good_reader_poor_searcher():
     for turn, g in d["gains"].items():
         if g["right_share"]:     # the warm start's fifth search is never right
             assert g["prob_right"] > g["prob_wrong"] + 0.03 and g["logprob_right"] > g["logprob_wrong"] + 0.3, (turn, g)
-        assert g["prob"] >= -0.005, (turn, g)     # calibrated, a belief cannot fall on average; 0, but for sampling
+        assert g["prob"] >= (0 if int(turn) <= 2 else -0.005), (turn, g)     # calibrated, a belief cannot fall on average; but for sampling
     assert d["guess"]["em_at_once"] <= 0.02 and d["guess"]["most_common_answer"] <= 0.01
     assert 0.02 < d["f1"]["all"]["greedy"] < 0.15 and d["f1"]["2"]["sampled"] > d["f1"]["4"]["sampled"]
 

@@ -99,16 +99,17 @@ def read(out: Path) -> tuple[dict, list[dict]]:
             curve.append({"step": row["step"], "policy_tokens": tokens, "dev_f1": row["eval_f1"], "turns": row["eval_turns"]})
     mean = lambda key, some=steps: statistics.mean(row[key] for row in some)
     area = sum((b["step"] - a["step"]) * (a["dev_f1"] + b["dev_f1"]) / 2 for a, b in zip(curve, curve[1:])) / curve[-1]["step"]
+    from igpo import info_gains
     earned = defaultdict(list)            # what right and wrong searches gained and were credited with (Eq. 6), early and late in the run
     for line in open(out / "rollouts.jsonl"):
         r = json.loads(line)
         part = "early" if r["step"] <= 5 else "late" if r["step"] > len(steps) - 5 else None
         met = set()
-        for t, turn in enumerate(r["turns"]):
+        for turn, gain in zip(r["turns"], info_gains(r["beliefs"])):       # in nats, whatever --gain is
             new = {p["id"] for p in turn["passages"]} - met
-            if part and turn["gain"] is not None:
+            if part:
                 kind = "right" if new & set(r["supporting"]) else "wrong"
-                earned["gain", kind, part].append(r["beliefs"][t + 1] - r["beliefs"][t])        # in nats, whatever --gain is
+                earned["gain", kind, part].append(gain)
                 earned["return", kind, part].append(turn["return"])
             met |= new
     calibration = {"_".join(key): statistics.mean(values) for key, values in earned.items()}
@@ -164,6 +165,11 @@ def tables(folder: Path) -> None:
                 half = (f"{statistics.mean(s for s, _ in got):.0f}, {statistics.mean(t for _, t in got):.0f}" + (f" ({len(got)} of {len(fs)})" if len(got) < len(fs) else "")) if got else "never"
                 lines.append(f"| {setting} | {len(fs)} | {show([f['test_f1'] for f in fs])} | {show([f['dev_f1'] for f in fs])} | {m('area'):.3f} | {half} | {m('no_signal_outcome'):.0%} -> {m('no_signal_igpo'):.0%} "
                              f"| {m('turns_start'):.1f} -> {m('turns_end'):.1f} | {m('gain_right_early'):+.2f} / {m('gain_wrong_early'):+.2f} | {m('return_right_early'):+.2f} / {m('return_wrong_early'):+.2f} | {m('seconds'):.1f} | {m('searches'):.0f} | {m('generated_tokens'):.0f} |")
+    for regime in HOPS:
+        ours, theirs = ({f["seed"]: f for f in finals if f["regime"] == regime and f["setting"] == s} for s in ("igpo", "grpo"))
+        if both := sorted(set(ours) & set(theirs)):
+            apart = {key: show([ours[seed][key] - theirs[seed][key] for seed in both]) for key in ("test_f1", "area")}
+            lines.append(f"\n{regime}, igpo less grpo of the same seed: test F1 {apart['test_f1']}, area {apart['area']}")
     (HERE / "evidence.md").write_text("Made by `python benchmarks/evidence.py`; ± is a 95 % interval over seeds, and fewer than three seeds stand one by one. Gains are in nats.\n" + "\n".join(lines) + "\n")
     print((HERE / "evidence.md").read_text())
     figure(curves)
