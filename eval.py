@@ -40,7 +40,9 @@ import re
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +53,9 @@ import transformers
 from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from igpo import (DEMO, HERE, SCHEMA, TAG, Config, Rollout, TurnEnd, UserError, answer_words, encode, encode_prompt, exact_match,
-                  f1_score, first_line, gathered, join_processes, left_pad, load_model, load_questions, locate, mean, open_run_search, process,
-                  read_config, record, rollout, score, share, unwrap, write_whole)
+from igpo import (DEMO, HERE, SCHEMA, TAG, Config, Rollout, TurnEnd, UserError, answer_words, begin, encode, exact_match, f1_score,
+                  finish, first_line, gathered, join_processes, left_pad, load_model, load_questions, locate, mean, open_run_search, process,
+                  read_config, record, score, share, unwrap, write_whole)
 from search_tool import SearchError, clean_text
 
 BENCHMARKS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
@@ -375,31 +377,30 @@ INHERITED = ("model", "search", "max_turns", "max_new_tokens", "top_k", "max_inf
 
 
 @torch.no_grad()
-def closed_book(model, tokenizer, questions: list[dict], search, cfg: Config) -> list[Rollout]:
-    """Rollouts without search: the policy is made to answer at once, under the very words that its belief is read under."""
-    lm, schema, rollouts = unwrap(model), encode(tokenizer, SCHEMA), []
-    for question in questions:
-        prompt = encode_prompt(tokenizer, question["question"])
-        rollouts.append(Rollout([], [], [], [len(prompt)]))
-        rollouts[-1].write(prompt, False, -1)
-        rollouts[-1].write(schema, False, 0)
+def closed_book(model, tokenizer, rollouts: list[Rollout], cfg: Config) -> Iterator[Rollout]:
+    """As igpo.finish, without search: the policy is made to answer at once, under the very words that its belief is read under."""
+    lm, schema = unwrap(model), encode(tokenizer, SCHEMA)
     eos = lm.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    ids, seen = left_pad([r.ids for r in rollouts], tokenizer.pad_token_id, lm.device)
-    end = TurnEnd(tokenizer, ids.shape[1], len(rollouts), eos)
     sampling = GenerationConfig(do_sample=cfg.temperature > 0, temperature=cfg.temperature or 1.0, top_k=0, top_p=1.0, max_new_tokens=cfg.max_new_tokens,
                                 pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(eos))
-    theirs, lm.generation_config = lm.generation_config, sampling
-    try:
-        out = lm.generate(ids, attention_mask=seen, generation_config=sampling, stopping_criteria=StoppingCriteriaList([end]))
-    finally:
-        lm.generation_config = theirs
-    for r, row, length, done in zip(rollouts, out[:, ids.shape[1]:].tolist(), end.length, end.done):
-        r.write(row[:length], True, 0)
-        text, closed, _ = tokenizer.decode(row[:length]).partition("</answer>")
-        r.stop = "answer" if closed and text.strip() and not TAG.search(text) else "format" if done else "length"
-        r.answer = text.strip() if r.stop == "answer" else None
-    return rollouts
+    for first in range(0, len(rollouts), cfg.rollout_batch):
+        batch = rollouts[first:first + cfg.rollout_batch]
+        for r in batch:
+            r.write(schema, False, 0)
+        ids, seen = left_pad([r.ids for r in batch], tokenizer.pad_token_id, lm.device)
+        end = TurnEnd(tokenizer, ids.shape[1], len(batch), eos)
+        theirs, lm.generation_config = lm.generation_config, sampling
+        try:
+            out = lm.generate(ids, attention_mask=seen, generation_config=sampling, stopping_criteria=StoppingCriteriaList([end]))
+        finally:
+            lm.generation_config = theirs
+        for r, row, length, done in zip(batch, out[:, ids.shape[1]:].tolist(), end.length, end.done):
+            r.write(row[:length], True, 0)
+            text, closed, _ = tokenizer.decode(row[:length]).partition("</answer>")
+            r.stop = "answer" if closed and text.strip() and not TAG.search(text) else "format" if done else "length"
+            r.answer = text.strip() if r.stop == "answer" else None
+        yield from batch
 
 
 def fingerprint(path: str) -> str:
@@ -522,22 +523,23 @@ def plan(args: argparse.Namespace) -> tuple:
 def evaluate(args: argparse.Namespace) -> Path:
     """Run what is still to be run, then write figures and page. Under torchrun each process plays its share; the first one plans and writes."""
     join_processes()
-    rank, processes = process()
+    rank, _ = process()
     if rank:
         sys.stdout = open(os.devnull, "w")
     (cfg, settings, out, names, rows, todo), = gathered([] if rank else [plan(args)])
     if todo:
         search = None if args.no_search else open_run_search(cfg)
         model, tokenizer = load_model(cfg, adapter=args.adapter) if args.adapter else load_model(cfg)
-        play = closed_book if args.no_search else rollout
+        begun = [begin(tokenizer, q["question"]) for _, q, _ in share(todo)]
+        task_of = {id(r): task for r, task in zip(begun, share(todo))}
         torch.manual_seed(cfg.seed + len(rows) + 10**6 * rank)                      # gone on with, it must not draw the same numbers again
+        ended = closed_book(model, tokenizer, begun, cfg) if args.no_search else finish(model, tokenizer, begun, search, cfg)
         with (open(os.devnull if rank else out / "rollouts.jsonl", "a", encoding="utf-8") as file,
               tqdm(total=len(rows) + len(todo), initial=len(rows), unit="rollout", dynamic_ncols=True, disable=bool(rank)) as bar):
-            for start in range(0, len(todo), cfg.rollout_batch * processes):
-                part = share(todo[start:start + cfg.rollout_batch * processes])
-                asked = [q for _, q, _ in part]
-                rollouts = play(model, tokenizer, asked, search, cfg) if part else []
-                _, beliefs = score(model, tokenizer, rollouts, [q["answers"] for q in asked], cfg)
+            while len(rows) < bar.total:
+                rollouts = list(islice(ended, cfg.rollout_batch))
+                part = [task_of[id(r)] for r in rollouts]
+                _, beliefs = score(model, tokenizer, rollouts, [q["answers"] for _, q, _ in part], cfg)
                 new = gathered([{"benchmark": name, "sample": k, **record(tokenizer, r, q, b, gain=cfg.gain)} for (name, q, k), r, b in zip(part, rollouts, beliefs)])
                 searches = [turn for row in new for turn in row["turns"] if turn["query"] is not None]
                 errors = [turn["error"] for turn in searches if turn["error"]]

@@ -50,6 +50,7 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import takewhile
@@ -57,13 +58,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StoppingCriteria,
                           StoppingCriteriaList)
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 from search_tool import Passage, SearchError, checksum, clean_query, clean_text, open_search, read_passages
@@ -409,7 +411,7 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         n, end = self.get_seq_length(), self.get_seq_length() + keys.shape[2]
-        if self.room is None or end > self.room[0].shape[2] or self.keys.data_ptr() != self.room[0].data_ptr():      # full, or rows have left
+        if self.room is None or end > self.room[0].shape[2]:
             self.room = [x.new_empty(*x.shape[:2], end + 128, x.shape[3]) for x in (keys, values)]
             if n:
                 self.room[0][:, :, :n], self.room[1][:, :, :n] = self.keys, self.values
@@ -418,53 +420,81 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def read_texts(lm, texts: list[list[int]], pad: int) -> tuple[Cache, torch.Tensor, torch.Tensor]:
+    """Read all of each text but its last token, from which generate() starts, and equal texts (the prompts of a group) once.
+
+    Returns what `join_caches` takes: (cache, held, rows).
+    """
+    row_of: dict = {}
+    rows = [row_of.setdefault(tuple(text), len(row_of)) for text in texts]
+    ids, held = left_pad([list(text[:-1]) for text in row_of], pad, lm.device)
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    lm.base_model(ids, attention_mask=held, position_ids=(held.cumsum(1) - 1).clamp(min=0), past_key_values=cache, use_cache=True)
+    return cache, held, torch.tensor(rows, device=lm.device)
+
+
+def join_caches(parts: list[tuple[Cache, torch.Tensor, torch.Tensor]]) -> Cache:
+    """One cache of the chosen rows of several. Each part is (cache, held, rows); held (B, W) is 1 where a column of its cache
+    holds a token of the row's text. Those are moved to the right, side by side, in place of holes and padding. The parts are used up.
+    """
+    width = max(int(held[rows].sum(1).max()) for _, held, rows in parts)
+    orders = [F.pad(held[rows].argsort(dim=1, stable=True), (max(width - held.shape[1], 0), 0))[:, -width:] for _, held, rows in parts]    # the 0s come first
+    joined = Cache(layer_class_to_replicate=RoomyLayer)
+    for i in range(len(parts[0][0].layers)):
+        joined.update(*(torch.cat([getattr(cache.layers[i], name)[rows[:, None], :, order].transpose(1, 2) for (cache, _, rows), order in zip(parts, orders)])
+                        for name in ("keys", "values")), i)
+        for cache, _, _ in parts:
+            cache.layers[i] = None          # a layer at a time is held twice, not all of them
+    return joined
+
+
 def rollout(model, tokenizer, questions: list[dict], search, cfg: Config) -> list[Rollout]:
     """Sample cfg.group rollouts for each question, all turns. Question-major: group i is [i * G : (i + 1) * G].
 
-    Only temperature shapes the sampling (cfg.temperature = 0: greedy), so that score() sees the same distribution. The KV
-    cache lives across turns: only new text is read, and rows that ended leave the batch and the cache. A group's prompt is
-    read once for its G rollouts.
+    Only temperature shapes the sampling (cfg.temperature = 0: greedy), so that score() sees the same distribution.
     """
-    prompts = [encode_prompt(tokenizer, q["question"]) for q in questions for _ in range(cfg.group)]
-    rollouts = [Rollout(list(p), [0] * len(p), [-1] * len(p), [len(p)]) for p in prompts]
-    return finish(model, tokenizer, rollouts, search, cfg)
-
-
-def finish(model, tokenizer, rollouts: list[Rollout], search, cfg: Config) -> list[Rollout]:
-    """Take each rollout, in place, from its last boundary to its end; returns them."""
-    for first in range(0, len(rollouts), cfg.rollout_batch):
-        _rollout_batch(unwrap(model), tokenizer, rollouts[first:first + cfg.rollout_batch], search, cfg)
+    rollouts = [begin(tokenizer, q["question"]) for q in questions for _ in range(cfg.group)]
+    list(finish(model, tokenizer, rollouts, search, cfg))
     return rollouts
 
 
+def begin(tokenizer, question: str) -> Rollout:
+    """A rollout of which there is the prompt alone."""
+    prompt = encode_prompt(tokenizer, question)
+    return Rollout(prompt, [0] * len(prompt), [-1] * len(prompt), [len(prompt)])
+
+
 @torch.no_grad()
-def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> None:
+def finish(model, tokenizer, rollouts: list[Rollout], search, cfg: Config) -> Iterator[Rollout]:
+    """Take each rollout, in place, from its last boundary to its end, and yield it when it is there.
+
+    cfg.rollout_batch are played at once, turn by turn, and one that ends makes room for the next. The KV cache lives across
+    turns: only new text is read, and rows that ended leave the batch and the cache.
+    """
+    lm, waiting, live, parts = unwrap(model), list(rollouts), [], []
     eos = lm.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    context = context_length(lm)
+    pad, context = tokenizer.pad_token_id, context_length(lm)
     # All that the checkpoint's own generation defaults hold (top_k, top_p, repetition_penalty ..) would make the sampled
     # distribution differ from the scored one, so they are replaced as a whole; top_k = 0 because the library's default is 50.
     shape = {"do_sample": True, "temperature": cfg.temperature, "top_k": 0, "top_p": 1.0} if cfg.temperature > 0 else {"do_sample": False}
-    sampling = GenerationConfig(**shape, max_new_tokens=cfg.max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(eos), use_cache=True)
+    sampling = GenerationConfig(**shape, max_new_tokens=cfg.max_new_tokens, pad_token_id=pad, eos_token_id=sorted(eos), use_cache=True)
     checkpoints_defaults, lm.generation_config = lm.generation_config, sampling
-    cache = DynamicCache(config=lm.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    ids, seen = left_pad([r.ids for r in live], tokenizer.pad_token_id, lm.device)       # (B, P) physical slots; 1: holds a token
-    row_of = {}                          # texts that rows share (the prompt of a group) are read once, but for the token that generate() starts from
-    copies = [row_of.setdefault(tuple(r.ids), len(row_of)) for r in live]
-    if len(row_of) < len(live):
-        first = [copies.index(k) for k in range(len(row_of))]
-        positions = (seen[first, :-1].cumsum(1) - 1).clamp(min=0)
-        lm.base_model(ids[first, :-1], attention_mask=seen[first, :-1], position_ids=positions, past_key_values=cache, use_cache=True)
-        cache.batch_select_indices(torch.tensor(copies, device=ids.device))
     try:
-        for _ in range(cfg.max_turns):
+        while live or waiting:
+            if room := min(cfg.rollout_batch - len(live), len(waiting)):
+                live, joining, waiting = live + waiting[:room], waiting[:room], waiting[room:]
+                parts.append(read_texts(lm, [r.ids for r in joining], pad))
+            # A row is what the cache holds of it and what it does not, each padded on the left (mask 0; positions count the 1s).
+            known = [n for _, held, rows in parts for n in held[rows].sum(1).tolist()]
+            cache = join_caches(parts)
+            halves = [left_pad(texts, pad, lm.device) for texts in ([r.ids[:n] for r, n in zip(live, known)], [r.ids[n:] for r, n in zip(live, known)])]
+            ids, seen = (torch.cat(x, 1) for x in zip(*halves))
             end = TurnEnd(tokenizer, ids.shape[1], len(live), eos)
-            out = lm.generate(ids, attention_mask=seen, past_key_values=cache, generation_config=sampling, stopping_criteria=StoppingCriteriaList([end]))
-            written = [row[:n] for row, n in zip(out[:, ids.shape[1]:].tolist(), end.length)]
-            asking = []                                                               # rows that search and go on
-            for row, (r, new) in enumerate(zip(live, written)):
-                turn = len(r.boundaries) - 1
+            out = lm.generate(ids, attention_mask=seen, past_key_values=cache, generation_config=sampling, stopping_criteria=StoppingCriteriaList([end]))[:, ids.shape[1]:]
+            asking = []                                                               # rows that search
+            for row, (r, new) in enumerate(zip(live, out.tolist())):
+                turn, new = len(r.boundaries) - 1, new[:end.length[row]]
                 r.write(new, True, turn)
                 action = parse_turn(tokenizer.decode(new))
                 if action is None:
@@ -476,28 +506,22 @@ def _rollout_batch(lm, tokenizer, live: list[Rollout], search, cfg: Config) -> N
                 else:
                     r.queries.append(clean_query(action[1]))
                     asking.append(row)
-            blocks = []
             for row, found in zip(asking, search.search_many([live[row].queries[-1] for row in asking], cfg.top_k) if asking else []):
                 r, error = live[row], getattr(found, "error", None)
                 r.retrieved.append(list(found))
                 r.errors.append(error or "")
-                blocks.append(encode_information(tokenizer, found, error, cfg.max_info_tokens))
-                if len(r.ids) + len(blocks[-1]) + max(cfg.max_new_tokens, 2 * MAX_GOLD_TOKENS) > context:
+                block = encode_information(tokenizer, found, error, cfg.max_info_tokens)
+                if len(r.ids) + len(block) + max(cfg.max_new_tokens, 2 * MAX_GOLD_TOKENS) > context:
                     r.stop = "length"                                                   # no room for another turn
                 else:
-                    r.write(blocks[-1], False, len(r.boundaries) - 1)
+                    r.write(block, False, len(r.boundaries) - 1)
                     r.boundaries.append(len(r.ids))
-            keep = [k for k, row in enumerate(asking) if not live[row].stop]
-            if not keep:
-                return
-            # Next turn: the rows that go on, with holes where a shorter row stopped writing (mask 0; positions count the 1s).
-            rows = torch.tensor([asking[k] for k in keep], device=ids.device)
-            lengths = torch.tensor([end.length[asking[k]] for k in keep], device=ids.device)
-            fresh = (torch.arange(out.shape[1] - ids.shape[1], device=ids.device) < lengths[:, None]).long()
-            block, block_seen = left_pad([blocks[k] for k in keep], tokenizer.pad_token_id, ids.device)
-            ids, seen = torch.cat([out[rows], block], 1), torch.cat([seen[rows], fresh, block_seen], 1)
-            cache.batch_select_indices(rows)
-            live = [live[asking[k]] for k in keep]
+            yield from (r for r in live if r.stop)
+            written = torch.arange(out.shape[1], device=lm.device) < torch.tensor(end.length, device=lm.device)[:, None]
+            on = [row for row, r in enumerate(live) if not r.stop]
+            live = [live[row] for row in on]
+            # The last token of the longest turn was not read: generate() had no need to.
+            parts = [(cache, torch.cat([seen, written.long()], 1)[:, :-1], torch.tensor(on, device=lm.device))] if on else []
     finally:
         lm.generation_config = checkpoints_defaults
 
@@ -825,7 +849,7 @@ def mc_values(model, tokenizer, rollouts: list[Rollout], asked: list[dict], sear
     starts = [Rollout(r.ids[:b], r.mask[:b], r.turns[:b], r.boundaries[:t + 1], queries=r.queries[:t], retrieved=r.retrieved[:t], errors=r.errors[:t])
               for r in rollouts for t, b in enumerate(r.boundaries) for _ in range(cfg.mc_rollouts)]
     before = sum(sum(s.mask) for s in starts)
-    finish(model, tokenizer, starts, search, cfg)
+    list(finish(model, tokenizer, starts, search, cfg))
     ends, values = iter(starts), []
     for r, q in zip(rollouts, asked):
         values.append([])

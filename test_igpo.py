@@ -397,6 +397,28 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(demo, positions, monke
     assert max(len(r.boundaries) for r in alone) > 2 and len({len(r.ids) - r.boundaries[0] for r in alone}) > 1
 
 
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_a_rollout_that_ends_makes_room_for_the_next(demo, positions, monkeypatch):
+    """Rollouts of 1 to 4 turns, three at a time: the greedy ids are those of one at a time, and as long as any wait three are played."""
+    model, tokenizer, search, questions, cfg = demo
+    lm = igpo.unwrap(model)
+    if positions == "learned":
+        lm = tiny_gpt2(tokenizer)
+        lm.generation_config.eos_token_id = list(range(0, len(tokenizer), 20))
+    monkeypatch.setattr(igpo, "parse_turn", lambda text: ("answer", "x") if len(text) % 3 == 0 else ("search", text + " founded"))
+    cfg = replace(cfg, temperature=0.0, group=1, max_turns=4, max_new_tokens=16)
+    alone = rollout(lm, tokenizer, questions[:12], search, replace(cfg, rollout_batch=1))
+    assert {len(r.boundaries) for r in alone} >= {1, 2, 4}
+    begun, at_once, generate = [igpo.begin(tokenizer, q["question"]) for q in questions[:12]], [], lm.generate
+    monkeypatch.setattr(lm, "generate", lambda ids, **k: at_once.append(len(ids)) or generate(ids, **k))
+    ended = list(finish(lm, tokenizer, begun, search, replace(cfg, rollout_batch=3)))
+    assert [r.ids for r in begun] == [r.ids for r in alone] and [r.stop for r in begun] == [r.stop for r in alone]
+    assert sorted(map(id, ended)) == sorted(map(id, begun)) and all(r.stop for r in ended)          # each once
+    assert sum(at_once) == sum(len(r.boundaries) for r in alone)                                    # a turn of a rollout is played once
+    full = at_once.index(next(n for n in at_once if n < 3))
+    assert set(at_once[:full]) == {3} and full > len(begun) // 3 and sorted(at_once[full:], reverse=True) == at_once[full:]
+
+
 def test_checkpoint_defaults_do_not_shape_sampling(demo):
     """A checkpoint that asks for top_k 1 and a repetition penalty, as some ship, is sampled at temperature 1 all the same."""
     from transformers import GenerationConfig
@@ -2748,7 +2770,7 @@ def test_eval_demo_whole_resumed_and_compared(tmp_path, capsys, monkeypatch):
     whole = (tmp_path / "a/rollouts.jsonl").read_text()
     rows = [json.loads(text) for text in whole.splitlines()]
     wanted = load_benchmark("demo", limit=6, seed=0)
-    assert [r["id"] for r in rows] == [q["id"] for q in wanted] and all(len(r["beliefs"]) == len(r["turns"]) for r in rows)
+    assert {r["id"] for r in rows} == {q["id"] for q in wanted} and len(rows) == 6 and all(len(r["beliefs"]) == len(r["turns"]) for r in rows)
     results = json.loads((tmp_path / "a/results.json").read_text())
     assert results["results"]["demo"]["f1_paper"]["value"] == pytest.approx(sum(f1_score(r["answer"], r["answers"]) for r in rows) / 6)
     assert results["settings"]["temperature"] == 0 and results["settings"]["fingerprints"]["model"] and "torch" in results["versions"]
@@ -2758,7 +2780,8 @@ def test_eval_demo_whole_resumed_and_compared(tmp_path, capsys, monkeypatch):
     code, out, _ = run_main(capsys, *command)
     assert code == 0 and "3 of them are there already" in out
     again = [json.loads(text) for text in (tmp_path / "a/rollouts.jsonl").read_text().splitlines()]
-    assert [(r["id"], r["answer"], r["stop"]) for r in again] == [(r["id"], r["answer"], r["stop"]) for r in rows]
+    ends = lambda rows: sorted((r["id"], r["answer"] or "", r["stop"]) for r in rows)
+    assert ends(again) == ends(rows)
     assert (tmp_path / "a/rollouts.jsonl").read_text().startswith("".join(cut[:3]))
     # all there: nothing is loaded, the figures are made again
     monkeypatch.setattr(evaluation, "load_model", lambda *a, **k: pytest.fail("the model was loaded for nothing"))

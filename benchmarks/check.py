@@ -181,7 +181,7 @@ def sampling(t):
     logp, middle, spread = (torch.cat(column).double() for column in zip(*t.oracle))
     r, j = [(r, j) for r in t.rollouts for j, own in enumerate(r.mask) if own][middle.argmin()]      # minus the mean of log pi is the entropy
     starts = [igpo.Rollout(r.ids[:j], [0] * j, [-1] * j, [j]) for _ in range(DRAWS)]
-    igpo.finish(t.model, t.tokenizer, starts, t.search, replace(t.cfg, max_turns=1, max_new_tokens=1))
+    list(igpo.finish(t.model, t.tokenizer, starts, t.search, replace(t.cfg, max_turns=1, max_new_tokens=1)))
     here = t.plain(r.ids, [j])[0].double()
     drawn = torch.tensor([start.ids[j] for start in starts], device=here.device)
     p, likeliest = here.exp().sort(descending=True)

@@ -14,7 +14,8 @@ In float32 the forms must first give the same: numbers to 1e-3, gradients to 1e-
               append: plain, and the probe read on the rollout's own cache at each boundary and cropped off (append, read, crop)
               mask: rollout and probes as one row in one forward, under a mask of its own (igpo.py did so at first)
   rollout   igpo.finish against reading the whole text again each turn with the same generate(). Greedy. parse_turn is replaced on
-            both sides: each turn searches and gets a passage of 100 tokens, whatever the policy wrote
+            both sides: each turn searches and gets a passage of 100 tokens, whatever the policy wrote. And a rollout that ends makes
+            room for the next, against one batch after the other
   update    igpo.accumulate_gradient against the log-softmax of all logits in fp32, vocabulary 151,936. Memory is the peak resident
             size of a process of its own, less what it held before the update
   padding   share of padding in the batches of igpo.by_tokens, 64 rollouts of random length at the default budget
@@ -34,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -249,7 +251,9 @@ def measure_rollout(model, tokenizer, turns: int, questions: int, group: int, re
     prompts = [p for p in ([rng.randrange(1000) for _ in range(rng.randrange(200, 300))] for _ in range(questions)) for _ in range(group)]
 
     def ours():
-        return [r.ids for r in igpo.finish(model, tokenizer, [Rollout(list(p), [0] * len(p), [-1] * len(p), [len(p)]) for p in prompts], OnePassage(), cfg)]
+        rollouts = [Rollout(list(p), [0] * len(p), [-1] * len(p), [len(p)]) for p in prompts]
+        list(igpo.finish(model, tokenizer, rollouts, OnePassage(), cfg))
+        return [r.ids for r in rollouts]
     kept, igpo.parse_turn = igpo.parse_turn, lambda text: ("search", "q")
     try:
         found, seconds = interleaved({"ours": ours, "reread": lambda: reread(lm, tokenizer, prompts, OnePassage(), cfg)}, repetitions)
@@ -259,6 +263,31 @@ def measure_rollout(model, tokenizer, turns: int, questions: int, group: int, re
     assert same == 1 or lm.dtype != torch.float32, f"only {same:.0%} of the rollouts have the same ids"
     return {"turns": turns, "rollouts": len(prompts), "group": group, "tokens": max(map(len, found["ours"])), "seconds": seconds["ours"], "same ids": same,
             "reread / ours": ratio(seconds["reread"], seconds["ours"])}
+
+
+def measure_refill(model, tokenizer, rollouts: int, at_once: int, repetitions: int) -> dict:
+    """Rollouts of 1 to 6 turns, by what they wrote: one that ends makes room for the next, against one batch after the other."""
+    rng, lm, forwards = random.Random(0), unwrap(model), {}
+    cfg = Config(max_turns=6, max_new_tokens=24, max_info_tokens=100, temperature=0.0, rollout_batch=at_once)
+    prompts = [[rng.randrange(1000) for _ in range(rng.randrange(200, 300))] for _ in range(rollouts)]
+
+    def play(form, size):
+        begun = [Rollout(list(p), [0] * len(p), [-1] * len(p), [len(p)]) for p in prompts]
+        seen = []
+        hook = lm.base_model.register_forward_pre_hook(lambda *a: seen.append(1))
+        for first in range(0, rollouts, size):
+            list(igpo.finish(model, tokenizer, begun[first:first + size], OnePassage(), cfg))
+        hook.remove()
+        forwards[form] = len(seen)
+        return [r.ids for r in begun], statistics.mean(len(r.boundaries) for r in begun)
+    kept, igpo.parse_turn = igpo.parse_turn, lambda text: ("answer", "a") if zlib.crc32(text.encode()) % 4 == 0 else ("search", "q")
+    try:
+        found, seconds = interleaved({"ours": lambda: play("ours", rollouts), "batches": lambda: play("batches", at_once)}, repetitions)
+    finally:
+        igpo.parse_turn = kept
+    assert found["ours"] == found["batches"] or lm.dtype != torch.float32
+    return {"rollouts": rollouts, "at once": at_once, "turns": found["ours"][1], "seconds": seconds["ours"], "batches / ours": ratio(seconds["batches"], seconds["ours"]),
+            "forwards, batches / ours": forwards["batches"] / forwards["ours"]}
 
 
 def update_case(shape: str, dtype: str, checkpointing: bool) -> tuple:
@@ -353,6 +382,9 @@ def measure(shape: str, dtype: str, quick: bool, repetitions: int) -> dict:
     for turns in (4, 8) if demo or dtype != "float32" else ():
         say(f"rollout, {turns} turns")
         found["rollout"].append(measure_rollout(model, tokenizer, turns, 2 if demo else 1, 8 if demo else 4, repetitions))
+    if demo and not quick:
+        say("refill")
+        found["refill"] = [measure_refill(model, tokenizer, 64, size, repetitions) for size in (8, 16)]
     if demo:
         say("a whole step")
         questions, cfg = igpo.load_questions(str(HERE.parent / "demo/train.jsonl"))[:8], Config(**DEMO, group=4 if quick else 8)
@@ -403,6 +435,9 @@ def markdown(setting: dict, results: dict, padding: list[float]) -> str:
         lines += columns(found["belief"], ["turns", "tokens", "probe tokens", "rollouts", "seconds", "naive / ours", "ours / plain", "append / ours", "mask / ours"])
         if found["rollout"]:
             lines += ["Rollouts; tokens of the longest:", "", *columns(found["rollout"], ["turns", "tokens", "rollouts", "group", "seconds", "same ids", "reread / ours"])]
+        if "refill" in found:
+            lines += ["Rollouts of 1 to 6 turns, a place that is free being filled at once, against one batch after the other:", ""]
+            lines += columns(found["refill"], ["rollouts", "at once", "turns", "seconds", "batches / ours", "forwards, batches / ours"])
         for u in found["update"][:1]:
             lines += [f"Update, {u['tokens']:,} tokens, {u['policy tokens']:,} of them the policy's, vocabulary 151,936:", ""]
             lines += columns(found["update"], ["checkpointing", "seconds", "naive / ours, seconds", "peak MB", "naive peak MB", "ours / naive, peak", "gradients apart"])
