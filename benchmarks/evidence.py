@@ -3,6 +3,7 @@
     python benchmarks/evidence.py                                        # all of it: hours
     python benchmarks/evidence.py --regimes mixed --settings igpo grpo   # a part; stop and start it at will, finished runs are kept
     python benchmarks/evidence.py --tables                               # CSVs, figure and tables from the runs that are there
+    python benchmarks/evidence.py --tables --keep                            # .. and from the rows of the CSVs, for runs that are not
 
 Three regimes, from the same warm start: *dense*, 2-hop questions, which the warm start now and then answers; *sparse*, 4-hop
 questions, where the outcomes of most groups agree; *mixed*, the demo as it is, 2 to 4 hops. All settings of a regime share
@@ -48,6 +49,13 @@ ABLATION = {
     "gamma 0.5": {"gamma": 0.5},
     "curriculum": {"curriculum": True},
 }
+LEVERS = {   # what might let a dense signal pay where the outcome is silent
+    "igpo, groups of 4": {"group": 4},
+    "grpo, groups of 4": {"credit": "grpo", "group": 4},
+    "igpo, no format penalty": {"format_penalty": 0.0},
+    "grpo, no format penalty": {"credit": "grpo", "format_penalty": 0.0},
+}
+SETTINGS = {**MAIN, **ABLATION, **LEVERS}
 COMMON = dict(questions=8, group=8, eval_every=5, eval_questions=200, show_every=0)
 
 
@@ -127,12 +135,20 @@ def show(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {t * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
 
 
-def tables(folder: Path) -> None:
+def tables(folder: Path, keep: bool) -> None:
     finals, curves = [], []
-    for path in sorted(folder.glob("*/final.json")):
+    for path in folder.glob("*/final.json"):
         final, curve = read(path.parent)
         finals.append(final)
         curves += [{"regime": final["regime"], "setting": final["setting"], "seed": final["seed"], **row} for row in curve]
+    which = lambda row: (row["regime"], row["setting"], int(row["seed"]))
+    there = set(map(which, finals))
+    for name, rows in (("final", finals), ("curves", curves)) if keep else ():
+        with open(HERE / f"evidence_{name}.csv", newline="") as file:
+            rows += [{k: v if k in ("regime", "setting") else int(v) if v.isdigit() else float(v) for k, v in row.items() if v}
+                     for row in csv.DictReader(file) if which(row) not in there]
+    finals.sort(key=which)
+    curves.sort(key=lambda row: (*which(row), row["step"]))
     if not finals:
         raise SystemExit(f"{folder}: no finished run in it yet.")
     columns = list(dict.fromkeys(key for final in finals for key in final))
@@ -142,10 +158,10 @@ def tables(folder: Path) -> None:
             writer.writeheader()
             writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     lines = []
-    for title, settings in (("Credits", MAIN), ("Parts of IGPO", {"igpo": {}, **ABLATION})):
+    for title, settings in (("Credits", MAIN), ("Parts of IGPO", {"igpo": {}, **ABLATION}), ("Levers", {"igpo": {}, "grpo": {}, **LEVERS})):
         for regime, hops in HOPS.items():
             those = [f for f in finals if f["regime"] == regime and f["setting"] in settings]
-            if len({f["setting"] for f in those}) < 2:
+            if not {f["setting"] for f in those} - {"igpo"} or title == "Levers" and not {f["setting"] for f in those} & set(LEVERS):
                 continue
             best = max(statistics.mean(f["best"] for f in those if f["setting"] == s) for s in {f["setting"] for f in those})
             start = statistics.mean(f["dev_f1_start"] for f in those)
@@ -205,22 +221,23 @@ def figure(curves: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--regimes", nargs="+", choices=HOPS, default=list(HOPS))
-    parser.add_argument("--settings", nargs="+", choices=(*MAIN, *ABLATION), default=[*MAIN, *ABLATION])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     parser.add_argument("--folder", type=Path, default=HERE.parent / "runs" / "evidence")
     parser.add_argument("--tables", action="store_true", help="no runs: only read those that are there")
+    parser.add_argument("--keep", action="store_true", help="what the CSVs hold of runs that are not in --folder stays")
     args = parser.parse_args()
     if not args.tables:
         os.environ["OMP_NUM_THREADS"] = "1"
         args.folder.mkdir(parents=True, exist_ok=True)
         write_questions(args.folder)
-        jobs = [(regime, setting, {**MAIN, **ABLATION}[setting], seed, str(args.folder))
-                for seed in range(args.seeds) for setting in args.settings for regime in args.regimes]
+        jobs = [(regime, setting, SETTINGS[setting], seed, str(args.folder))
+                for seed in args.seeds for setting in args.settings for regime in args.regimes]
         with ProcessPoolExecutor(args.jobs) as pool:
             for i, line in enumerate(pool.map(run, jobs), 1):
                 print(f"{i}/{len(jobs)}  {line}", flush=True)
-    tables(args.folder)
+    tables(args.folder, args.keep)
 
 
 if __name__ == "__main__":
