@@ -20,7 +20,7 @@ Where we depart from the paper on purpose (the README compares paper, official c
   2. The belief is that of the first gold alias, cut at 32 tokens; F1 takes the best alias.
   3. LoRA instead of full fine-tuning: the reference policy is the same model with its adapter switched off.
   4. A rollout cut at max_turns, or by a broken format, keeps the gains of the turns before.
-  5. Gains are normalised per turn index (`--norm turn`), not over all turns of the group: see `turn_rewards`.
+  5. Gains are in probability, pooled per turn index, and neither they nor the outcomes are divided by their spread: see `turn_rewards`.
 
     python igpo.py                                        the embedded demo: offline, on a laptop
     python igpo.py --model Qwen2.5-1.5B-Instruct          the same program on a GPU
@@ -99,13 +99,13 @@ class Config:
     max_info_tokens: int = field(default=500, metadata={"help": "tokens of search results shown per turn"})
     temperature: float = field(default=1.0, metadata={"help": "sampling temperature, also used in scoring; 0: greedy"})
     max_failed_searches: float = field(default=0.5, metadata={"help": "share of a step's searches that may fail before the run stops"})
-    format_penalty: float = field(default=-2.0, metadata={"help": "outcome of a rollout that breaks the format (lambda_fmt, Eq. 2)"})
+    format_penalty: float = field(default=-0.1, metadata={"help": "outcome of a rollout that breaks the format (lambda_fmt, Eq. 2)"})
     # credit
     credit: str = field(default="igpo", metadata={"help": "turn rewards: igpo, ig (gains only), grpo (outcome only), or a comparator: stepsearch (needs supporting passages), reasonrag, gigpo",
                                             "choices": ["igpo", "ig", "grpo", "stepsearch", "reasonrag", "gigpo"]})
     mc_rollouts: int = field(default=4, metadata={"help": "rollouts from each state for its value (--credit reasonrag)"})
-    gain: str = field(default="logprob", metadata={"help": "information gain in log-probability (v2) or probability (v1)", "choices": ["logprob", "prob"]})
-    norm: str = field(default="turn", metadata={"help": "Eq. 5: separate (paper v2), joint (paper v1), turn (gains pooled per turn), scale (separate, gains not centred)", "choices": ["separate", "joint", "turn", "scale"]})
+    gain: str = field(default="prob", metadata={"help": "information gain in log-probability (paper v2) or probability (v1)", "choices": ["logprob", "prob"]})
+    norm: str = field(default="centre", metadata={"help": "Eq. 5: separate (paper v2), joint (paper v1), turn (gains pooled per turn), centre (the same, spread kept), scale (separate, gains not centred)", "choices": ["separate", "joint", "turn", "centre", "scale"]})
     gamma: float = field(default=1.0, metadata={"help": "discount over turns (Eq. 6)"})
     curriculum: bool = field(default=False, metadata={"help": "outcome weight .5 -> 1 and gain weight 1 -> .5 over training"})
     belief: str = field(default="policy", metadata={"help": "who is asked for the belief: policy, or reference (adapter off)", "choices": ["policy", "reference"]})
@@ -132,7 +132,7 @@ class Config:
 
 # The embedded policy has 1M parameters and reads a page a turn: what it needs otherwise stands here and nowhere else.
 DEMO = dict(model="demo/policy", steps=30, max_turns=6, max_new_tokens=32, top_k=1, max_info_tokens=100,
-            lr=5e-4, batch_tokens=2048, gradient_checkpointing=False, format_penalty=-0.1, gain="prob")
+            lr=5e-4, batch_tokens=2048, gradient_checkpointing=False)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -729,20 +729,25 @@ def std(values) -> float:
 STD_FLOOR = 1e-6    # a pool of rewards that spread less than this agrees, and says nothing
 
 
-def normalise(values: list[float], centre: bool = True) -> list[float]:
+def normalise(values: list[float], centre: bool = True, scale: bool = True) -> list[float]:
     """Values over their population std, centred; all 0 if they agree."""
     middle, spread = mean(values) * centre, std(values)
-    return [(v - middle) / spread if spread > STD_FLOOR else 0.0 for v in values]
+    return [(v - middle) / (spread if scale else 1.0) if spread > STD_FLOOR else 0.0 for v in values]
 
 
 def turn_rewards(gains: list[list[float]], outcomes: list[float], norm: str = "separate",
                  gain_weight: float = 1.0, outcome_weight: float = 1.0) -> list[list[float]]:
     """Eq. 5 for one group: normalised reward of each turn, the outcome on the last. A gain of 0 is a turn like any other.
 
-    separate: gains and outcomes z-normalised in a pool each (paper v2). joint: in one pool (paper v1). turn: gains pooled by
-    turn index (A2TGPO). scale: gains divided by their spread but not centred. Whatever a search is worth on average also rewards
-    or charges going on: with separate every search pays the group's mean gain, with scale it keeps its own, and a poor searcher's
-    may be negative. With turn, searches compete with those made at the same depth alone, and when to stop is left to the outcome.
+    separate: gains and outcomes z-normalised in a pool each (paper v2). joint: in one pool (paper v1). scale: as separate, but gains
+    not centred. turn: gains pooled by turn index (A2TGPO). centre: as turn, but centred only (as Dr. GRPO does with outcomes,
+    arXiv 2503.20783).
+
+    Centring: whatever a search is worth on average also rewards or charges going on. With separate every search pays the group's
+    mean gain, with scale it keeps its own, and a poor searcher's may be negative. With turn and centre searches compete with those
+    made at the same depth alone, and when to stop is left to the outcome. Dividing: where no rollout of a group succeeds, it blows
+    up what is left, the noise of the gains or a format penalty, to the size of a success. Undivided, a gain in probability and an
+    F1 are in one unit.
 
     Raises ValueError if the group has fewer than 2 rollouts or the lists do not match.
     """
@@ -756,14 +761,14 @@ def turn_rewards(gains: list[list[float]], outcomes: list[float], norm: str = "s
     if norm == "joint":
         pooled = normalise(flat + outcomes)
         flat, outcomes = pooled[:len(flat)], pooled[len(flat):]
-    elif norm == "turn":
-        columns = [normalise([gs[t] for gs in gains if len(gs) > t]) for t in range(max(map(len, gains)))]
-        columns = [iter(c) for c in columns]
-        flat, outcomes = [next(columns[t]) for gs in gains for t in range(len(gs))], normalise(outcomes)
+    elif norm in ("turn", "centre"):
+        pools = ([gs[t] for gs in gains if len(gs) > t] for t in range(max(map(len, gains))))
+        columns = [iter(normalise(pool, scale=norm == "turn")) for pool in pools]
+        flat, outcomes = [next(columns[t]) for gs in gains for t in range(len(gs))], normalise(outcomes, scale=norm == "turn")
     elif norm in ("separate", "scale"):
         flat, outcomes = normalise(flat, centre=norm == "separate"), normalise(outcomes)
     else:
-        raise ValueError(f"norm {norm!r} is none of separate, joint, turn, scale")
+        raise ValueError(f"norm {norm!r} is none of separate, joint, turn, centre, scale")
     flat = iter(flat)
     return [[gain_weight * next(flat) for _ in gs] + [outcome_weight * o] for gs, o in zip(gains, outcomes)]
 
@@ -867,7 +872,7 @@ def credit(steps: list[list[float]], outcomes: list[float], states: list[list], 
     if cfg.credit == "gigpo":
         return gigpo_returns(states, outcomes, cfg.gamma)
     if cfg.credit == "grpo":    # outcome only: every token of rollout i gets its normalised outcome
-        return turn_returns([[0.0] * len(gs) for gs in steps], outcomes)
+        return turn_returns([[0.0] * len(gs) for gs in steps], outcomes, norm="centre" if cfg.norm == "centre" else "separate")
     gain_weight, outcome_weight = (1 - progress / 2, .5 + progress / 2) if cfg.curriculum else (1.0, 1.0)
     return turn_returns(steps, outcomes, cfg.gamma, cfg.norm, gain_weight, 0.0 if cfg.credit == "ig" else outcome_weight)
 
@@ -1521,8 +1526,8 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
             raise UserError(f"--{key} must be at least {bound}{why}.")
     if cfg.temperature <= 0:
         raise UserError("--temperature must be above 0: greedy rollouts of a question are all alike.")
-    if cfg.gain == "logprob" and cfg.norm == "joint":
-        print("warning: --gain logprob with --norm joint mixes rewards of different scales in one pool; the paper's v1 is --gain prob --norm joint.")
+    if cfg.gain == "logprob" and cfg.norm in ("joint", "centre") and cfg.credit in ("igpo", "ig"):
+        print(f"warning: --gain logprob with --norm {cfg.norm} weighs nats against F1; the paper's v2 is --gain logprob --norm separate, its v1 --gain prob --norm joint.")
     return cfg, args
 
 

@@ -112,6 +112,8 @@ def test_returns_of_two_rollouts_by_hand():
     assert turn_rewards(gains, outcomes, "scale") == [pytest.approx([1 / s, 0, -1]), pytest.approx([2 / s, 1])]
     # gains by turn index: first turns 1 and 2 -> -1, +1; the only second turn agrees with itself -> 0
     assert turn_rewards(gains, outcomes, "turn") == [pytest.approx([-1, 0, -1]), pytest.approx([1, 1])]
+    # the same pools, of which each keeps its spread
+    assert turn_rewards(gains, outcomes, "centre") == [[-0.5, 0, -0.5], [0.5, 0.5]]
 
 
 def test_joint_pool_by_hand():
@@ -140,6 +142,7 @@ def test_credit_variants():
     def of(progress=0.0, **options):
         return credit(gains, outcomes, states, Config(norm="separate", **options), progress)
     assert of(credit="grpo", gamma=0.5) == [[-1.0, -1.0], [1.0, 1.0]]
+    assert credit(gains, outcomes, states, Config(norm="centre", credit="grpo")) == [[-0.5, -0.5], [0.5, 0.5]]      # as it is for igpo
     assert of(credit="ig") == [[-1.0, 0.0], [1.0, 0.0]]
     assert of() == of(credit="stepsearch") == of(credit="reasonrag") == [[-2.0, -1.0], [2.0, 1.0]]      # the same Eq. 5-6, whatever the steps are
     assert of(credit="gigpo") == [[-2.0, -1.0], [2.0, 1.0]]           # both start in "", and go on in states of their own

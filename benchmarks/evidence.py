@@ -31,7 +31,7 @@ HOPS = {"dense": (2,), "sparse": (4,), "mixed": (2, 3, 4)}
 STEPS = {"dense": 20, "sparse": 40, "mixed": 30}
 MAIN = {
     "igpo": {},
-    "grpo": {"credit": "grpo"},
+    "grpo": {"credit": "grpo", "norm": "separate"},
     "igpo v2 (paper)": {"gain": "logprob", "norm": "separate"},
     "stepsearch": {"credit": "stepsearch"},
     "reasonrag": {"credit": "reasonrag", "mc_rollouts": 1},
@@ -39,21 +39,26 @@ MAIN = {
 }
 ABLATION = {
     "gains only": {"credit": "ig"},
-    "prob, joint (v1)": {"gain": "prob", "norm": "joint"},
-    "prob, separate": {"gain": "prob", "norm": "separate"},
-    "logprob, turn": {"gain": "logprob"},
+    "outcome only": {"credit": "grpo"},       # undivided, as igpo has it
+    "prob, turn": {"norm": "turn"},
+    "prob, joint (v1)": {"norm": "joint"},
+    "prob, separate": {"norm": "separate"},
+    "prob, scale": {"norm": "scale"},
+    "logprob, centre": {"gain": "logprob"},
+    "logprob, turn": {"gain": "logprob", "norm": "turn"},
     "logprob, scale": {"gain": "logprob", "norm": "scale"},
-    "prob, scale": {"gain": "prob", "norm": "scale"},
     "reference's belief": {"belief": "reference"},
     "gamma 0.9": {"gamma": 0.9},
     "gamma 0.5": {"gamma": 0.5},
     "curriculum": {"curriculum": True},
 }
-LEVERS = {   # what might let a dense signal pay where the outcome is silent
-    "igpo, groups of 4": {"group": 4},
-    "grpo, groups of 4": {"credit": "grpo", "group": 4},
+LEVERS = {   # what might decide whether a dense signal pays: the penalty for a broken format, and the size of a group
     "igpo, no format penalty": {"format_penalty": 0.0},
-    "grpo, no format penalty": {"credit": "grpo", "format_penalty": 0.0},
+    "grpo, no format penalty": {"credit": "grpo", "norm": "separate", "format_penalty": 0.0},
+    "prob, turn, no format penalty": {"norm": "turn", "format_penalty": 0.0},
+    "igpo, format penalty -2": {"format_penalty": -2.0},
+    "igpo, groups of 4": {"group": 4},
+    "grpo, groups of 4": {"credit": "grpo", "norm": "separate", "group": 4},
 }
 SETTINGS = {**MAIN, **ABLATION, **LEVERS}
 COMMON = dict(questions=8, group=8, eval_every=5, eval_questions=200, show_every=0)
@@ -182,10 +187,11 @@ def tables(folder: Path, keep: bool) -> None:
                 lines.append(f"| {setting} | {len(fs)} | {show([f['test_f1'] for f in fs])} | {show([f['dev_f1'] for f in fs])} | {m('area'):.3f} | {half} | {m('no_signal_outcome'):.0%} -> {m('no_signal_igpo'):.0%} "
                              f"| {m('turns_start'):.1f} -> {m('turns_end'):.1f} | {m('gain_right_early'):+.2f} / {m('gain_wrong_early'):+.2f} | {m('return_right_early'):+.2f} / {m('return_wrong_early'):+.2f} | {m('seconds'):.1f} | {m('searches'):.0f} | {m('generated_tokens'):.0f} |")
     for regime in HOPS:
-        ours, theirs = ({f["seed"]: f for f in finals if f["regime"] == regime and f["setting"] == s} for s in ("igpo", "grpo"))
-        if both := sorted(set(ours) & set(theirs)):
-            apart = {key: show([ours[seed][key] - theirs[seed][key] for seed in both]) for key in ("test_f1", "area")}
-            lines.append(f"\n{regime}, igpo less grpo of the same seed: test F1 {apart['test_f1']}, area {apart['area']}")
+        for other in ("grpo", "grpo, no format penalty", "prob, turn"):
+            ours, theirs = ({f["seed"]: f for f in finals if f["regime"] == regime and f["setting"] == s} for s in ("igpo", other))
+            if both := sorted(set(ours) & set(theirs)):
+                apart = {key: show([ours[seed][key] - theirs[seed][key] for seed in both]) for key in ("test_f1", "area")}
+                lines.append(f"\n{regime}, igpo less {other} of the same seed: test F1 {apart['test_f1']}, area {apart['area']}")
     (HERE / "evidence.md").write_text("Made by `python benchmarks/evidence.py`; ± is a 95 % interval over seeds, and fewer than three seeds stand one by one. Gains are in nats.\n" + "\n".join(lines) + "\n")
     print((HERE / "evidence.md").read_text())
     figure(curves)
