@@ -441,8 +441,8 @@ def join_caches(parts: list[tuple[Cache, torch.Tensor, torch.Tensor]]) -> Cache:
     orders = [F.pad(held[rows].argsort(dim=1, stable=True), (max(width - held.shape[1], 0), 0))[:, -width:] for _, held, rows in parts]    # the 0s come first
     joined = Cache(layer_class_to_replicate=RoomyLayer)
     for i in range(len(parts[0][0].layers)):
-        joined.update(*(torch.cat([getattr(cache.layers[i], name)[rows[:, None], :, order].transpose(1, 2) for (cache, _, rows), order in zip(parts, orders)])
-                        for name in ("keys", "values")), i)
+        pieces = [[x[rows[:, None], :, order].transpose(1, 2) for x in (cache.layers[i].keys, cache.layers[i].values)] for (cache, _, rows), order in zip(parts, orders)]
+        joined.update(*map(torch.cat, zip(*pieces)), i)
         for cache, _, _ in parts:
             cache.layers[i] = None          # a layer at a time is held twice, not all of them
     return joined
