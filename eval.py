@@ -4,7 +4,7 @@
     python eval.py --adapter runs/x                        the same after training; model and episode come from the run
     python eval.py --adapter runs/x --no_search            closed book: made to answer at once. Does search help?
     python eval.py --model Qwen2.5-3B-Instruct --benchmark all --limit 500 --search http://127.0.0.1:8000/retrieve
-    torchrun --nproc_per_node 4 eval.py ..                 on four GPUs: each takes its share of the questions
+    torchrun --nproc_per_node 4 -- eval.py ..              on four GPUs: each takes its share of the questions
     python eval.py --compare results/a results/b           is b better than a? paired bootstrap, win / tie / loss
     python eval.py --report runs/x                         a page on the rollouts of a training run
     python eval.py --plot runs/a runs/b -o curves.png      training curves; seeds of one setting become a line with a band
@@ -55,7 +55,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from igpo import (DEMO, HERE, SCHEMA, TAG, Config, Rollout, TurnEnd, UserError, answer_words, begin, encode, exact_match, f1_score,
                   finish, first_line, gathered, join_processes, left_pad, load_model, load_questions, locate, mean, open_run_search, process,
-                  read_config, record, score, share, unwrap, write_whole)
+                  read_config, record, score, unwrap, write_whole)
 from search_tool import SearchError, clean_text
 
 BENCHMARKS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
@@ -521,22 +521,26 @@ def plan(args: argparse.Namespace) -> tuple:
 
 
 def evaluate(args: argparse.Namespace) -> Path:
-    """Run what is still to be run, then write figures and page. Under torchrun each process plays its share; the first one plans and writes."""
+    """Run what is still to be run, then write figures and page. Under torchrun each process plays its share; the first one plans and writes.
+
+    What is cut is played again. Of samples (--n) that favours short rollouts a little: they are the ones that had ended.
+    """
     join_processes()
-    rank, _ = process()
+    rank, processes = process()
     if rank:
         sys.stdout = open(os.devnull, "w")
     (cfg, settings, out, names, rows, todo), = gathered([] if rank else [plan(args)])
     if todo:
         search = None if args.no_search else open_run_search(cfg)
         model, tokenizer = load_model(cfg, adapter=args.adapter) if args.adapter else load_model(cfg)
-        begun = [begin(tokenizer, q["question"]) for _, q, _ in share(todo)]
-        task_of = {id(r): task for r, task in zip(begun, share(todo))}
+        mine = todo[rank::processes]
+        begun = [begin(tokenizer, q["question"]) for _, q, _ in mine]
+        task_of, total = {id(r): task for r, task in zip(begun, mine)}, len(rows) + len(todo)
         torch.manual_seed(cfg.seed + len(rows) + 10**6 * rank)                      # gone on with, it must not draw the same numbers again
         ended = closed_book(model, tokenizer, begun, cfg) if args.no_search else finish(model, tokenizer, begun, search, cfg)
         with (open(os.devnull if rank else out / "rollouts.jsonl", "a", encoding="utf-8") as file,
-              tqdm(total=len(rows) + len(todo), initial=len(rows), unit="rollout", dynamic_ncols=True, disable=bool(rank)) as bar):
-            while len(rows) < bar.total:
+              tqdm(total=total, initial=len(rows), unit="rollout", dynamic_ncols=True, disable=bool(rank)) as bar):
+            while len(rows) < total:
                 rollouts = list(islice(ended, cfg.rollout_batch))
                 part = [task_of[id(r)] for r in rollouts]
                 _, beliefs = score(model, tokenizer, rollouts, [q["answers"] for _, q, _ in part], cfg)

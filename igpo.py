@@ -105,7 +105,7 @@ class Config:
                                             "choices": ["igpo", "ig", "grpo", "stepsearch", "reasonrag", "gigpo"]})
     mc_rollouts: int = field(default=4, metadata={"help": "rollouts from each state for its value (--credit reasonrag)"})
     gain: str = field(default="prob", metadata={"help": "information gain in log-probability (paper v2) or probability (v1)", "choices": ["logprob", "prob"]})
-    norm: str = field(default="centre", metadata={"help": "Eq. 5: separate (paper v2), joint (paper v1), turn (gains pooled per turn), centre (the same, spread kept), scale (separate, gains not centred)", "choices": ["separate", "joint", "turn", "centre", "scale"]})
+    norm: str = field(default="centre", metadata={"help": "Eq. 5: separate (paper v2), joint (paper v1), turn (gains pooled per turn), centre (the same, and neither gains nor outcomes divided by their spread), scale (separate, gains not centred)", "choices": ["separate", "joint", "turn", "centre", "scale"]})
     gamma: float = field(default=1.0, metadata={"help": "discount over turns (Eq. 6)"})
     curriculum: bool = field(default=False, metadata={"help": "outcome weight .5 -> 1 and gain weight 1 -> .5 over training"})
     belief: str = field(default="policy", metadata={"help": "who is asked for the belief: policy, or reference (adapter off)", "choices": ["policy", "reference"]})
@@ -332,6 +332,10 @@ def load_model(cfg: Config, adapter: str = ""):
         logits = lm(pair).logits
         if torch.dist(logits, lm.get_output_embeddings()(lm.base_model(pair)[0])) > 0.01 * logits.norm():
             raise UserError(f"--model {cfg.model}: it scales or caps its logits after the LM head, which token_logps does not. Take another model.")
+        try:
+            lm(pair, past_key_values=Cache(layer_class_to_replicate=RoomyLayer), use_cache=True)
+        except Exception:   # linear attention, convolutions ..
+            raise UserError(f"--model {cfg.model}: not all of its layers are attention with keys and values, which join_caches needs. Take another model.") from None
     if options and hasattr(lm, "hf_quantizer"):  # the weights are plain floats now; the label would make PEFT think otherwise
         del lm.hf_quantizer, lm.config.quantization_config
     if tokenizer.pad_token_id is None:  # padding is known by length, so any id will do
@@ -466,7 +470,7 @@ def begin(tokenizer, question: str) -> Rollout:
 
 @torch.no_grad()
 def finish(model, tokenizer, rollouts: list[Rollout], search, cfg: Config) -> Iterator[Rollout]:
-    """Take each rollout, in place, from its last boundary to its end, and yield it when it is there.
+    """Take each rollout, in place, from its last boundary to its end, and yield it when it is there. Nothing is done but by iterating.
 
     cfg.rollout_batch are played at once, turn by turn, and one that ends makes room for the next. The KV cache lives across
     turns: only new text is read, and rows that ended leave the batch and the cache.
@@ -516,12 +520,13 @@ def finish(model, tokenizer, rollouts: list[Rollout], search, cfg: Config) -> It
                 else:
                     r.write(block, False, len(r.boundaries) - 1)
                     r.boundaries.append(len(r.ids))
-            yield from (r for r in live if r.stop)
             written = torch.arange(out.shape[1], device=lm.device) < torch.tensor(end.length, device=lm.device)[:, None]
             on = [row for row, r in enumerate(live) if not r.stop]
-            live = [live[row] for row in on]
+            ended, live = [r for r in live if r.stop], [live[row] for row in on]
             # The last token of the longest turn was not read: generate() had no need to.
             parts = [(cache, torch.cat([seen, written.long()], 1)[:, :-1], torch.tensor(on, device=lm.device))] if on else []
+            del cache
+            yield from ended
     finally:
         lm.generation_config = checkpoints_defaults
 
@@ -730,7 +735,7 @@ STD_FLOOR = 1e-6    # a pool of rewards that spread less than this agrees, and s
 
 
 def normalise(values: list[float], centre: bool = True, scale: bool = True) -> list[float]:
-    """Values over their population std, centred; all 0 if they agree."""
+    """Values less their mean, over their population std, or one of the two; all 0 if they agree."""
     middle, spread = mean(values) * centre, std(values)
     return [(v - middle) / (spread if scale else 1.0) if spread > STD_FLOOR else 0.0 for v in values]
 
@@ -777,7 +782,7 @@ def turn_returns(gains: list[list[float]], outcomes: list[float], gamma: float =
                  gain_weight: float = 1.0, outcome_weight: float = 1.0) -> list[list[float]]:
     """Eq. 5 and 6 for one group of G rollouts: R_t = sum_{k >= t} gamma^(k-t) r~_k for every turn of every rollout.
 
-    gains[i] has one entry fewer than rollout i has turns. Raises ValueError as `turn_rewards` does.
+    The defaults are the paper's; those of Config are ours. gains[i] has one entry fewer than rollout i has turns. Raises ValueError as `turn_rewards` does.
 
     >>> turn_returns([[1.0], [3.0]], [0.0, 1.0])        # gains -> -1, +1; outcomes -> -1, +1
     [[-2.0, -1.0], [2.0, 1.0]]
@@ -867,7 +872,8 @@ def mc_values(model, tokenizer, rollouts: list[Rollout], asked: list[dict], sear
 def credit(steps: list[list[float]], outcomes: list[float], states: list[list], cfg: Config, progress: float = 0.0) -> list[list[float]]:
     """Returns of one group under cfg.credit; progress 0..1 through training drives the curriculum.
 
-    steps: the reward of each turn but the last (information gains, or a comparator's); states: see `gigpo_returns`.
+    steps: the reward of each turn but the last (information gains, or a comparator's); states: see `gigpo_returns`, which
+    divides by the spread whatever cfg.norm says. grpo does unless cfg.norm is centre.
     """
     if cfg.credit == "gigpo":
         return gigpo_returns(states, outcomes, cfg.gamma)
@@ -1526,7 +1532,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
             raise UserError(f"--{key} must be at least {bound}{why}.")
     if cfg.temperature <= 0:
         raise UserError("--temperature must be above 0: greedy rollouts of a question are all alike.")
-    if cfg.gain == "logprob" and cfg.norm in ("joint", "centre") and cfg.credit in ("igpo", "ig"):
+    if cfg.gain == "logprob" and cfg.norm in ("joint", "centre") and cfg.credit == "igpo":
         print(f"warning: --gain logprob with --norm {cfg.norm} weighs nats against F1; the paper's v2 is --gain logprob --norm separate, its v1 --gain prob --norm joint.")
     return cfg, args
 

@@ -47,6 +47,7 @@ ABLATION = {
     "logprob, centre": {"gain": "logprob"},
     "logprob, turn": {"gain": "logprob", "norm": "turn"},
     "logprob, scale": {"gain": "logprob", "norm": "scale"},
+    "stepsearch, turn": {"credit": "stepsearch", "norm": "turn"},
     "reference's belief": {"belief": "reference"},
     "gamma 0.9": {"gamma": 0.9},
     "gamma 0.5": {"gamma": 0.5},
