@@ -657,6 +657,12 @@ def test_models_that_change_their_logits_after_the_head_are_refused(kind, change
         igpo.load_model(Config(model=tiny_model(tmp_path, kind, **changes)))
 
 
+def test_models_that_keep_more_than_keys_and_values_are_refused(tmp_path):
+    """Convolutions, linear attention: their state of a row cannot be packed beside another's."""
+    with pytest.raises(UserError, match="not all of its layers are attention"):
+        igpo.load_model(Config(model=tiny_model(tmp_path, "lfm2", layer_types=["conv", "full_attention"])))
+
+
 # ---- the command line, runs and resuming -----------------------------------------------------------------------------
 
 SMALL = ["--questions", "2", "--group", "2", "--eval_questions", "4", "--eval_every", "2"]
