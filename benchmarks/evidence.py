@@ -31,7 +31,9 @@ HOPS = {"dense": (2,), "sparse": (4,), "mixed": (2, 3, 4)}
 STEPS = {"dense": 20, "sparse": 40, "mixed": 30}
 MAIN = {
     "igpo": {},
+    "outcome only": {"credit": "grpo"},       # undivided, as igpo has it
     "grpo": {"credit": "grpo", "norm": "separate"},
+    "grpo, no format penalty": {"credit": "grpo", "norm": "separate", "format_penalty": 0.0},
     "igpo v2 (paper)": {"gain": "logprob", "norm": "separate"},
     "stepsearch": {"credit": "stepsearch"},
     "reasonrag": {"credit": "reasonrag", "mc_rollouts": 1},
@@ -39,7 +41,6 @@ MAIN = {
 }
 ABLATION = {
     "gains only": {"credit": "ig"},
-    "outcome only": {"credit": "grpo"},       # undivided, as igpo has it
     "prob, turn": {"norm": "turn"},
     "prob, joint (v1)": {"norm": "joint"},
     "prob, separate": {"norm": "separate"},
@@ -55,7 +56,6 @@ ABLATION = {
 }
 LEVERS = {   # what might decide whether a dense signal pays: the penalty for a broken format, and the size of a group
     "igpo, no format penalty": {"format_penalty": 0.0},
-    "grpo, no format penalty": {"credit": "grpo", "norm": "separate", "format_penalty": 0.0},
     "prob, turn, no format penalty": {"norm": "turn", "format_penalty": 0.0},
     "igpo, format penalty -2": {"format_penalty": -2.0},
     "igpo, groups of 4": {"group": 4},
@@ -164,10 +164,10 @@ def tables(folder: Path, keep: bool) -> None:
             writer.writeheader()
             writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     lines = []
-    for title, settings in (("Credits", MAIN), ("Parts of IGPO", {"igpo": {}, **ABLATION}), ("Levers", {"igpo": {}, "grpo": {}, **LEVERS})):
+    for title, settings in (("Credits", MAIN), ("Parts of IGPO", {"igpo": {}, "outcome only": {}, **ABLATION}), ("Levers", {"igpo": {}, "grpo": {}, "grpo, no format penalty": {}, **LEVERS})):
         for regime, hops in HOPS.items():
             those = [f for f in finals if f["regime"] == regime and f["setting"] in settings]
-            if not {f["setting"] for f in those} - {"igpo"} or title == "Levers" and not {f["setting"] for f in those} & set(LEVERS):
+            if not {f["setting"] for f in those} & {"Credits": set(MAIN) - {"igpo"}, "Parts of IGPO": set(ABLATION), "Levers": set(LEVERS)}[title]:
                 continue
             best = max(statistics.mean(f["best"] for f in those if f["setting"] == s) for s in {f["setting"] for f in those})
             start = statistics.mean(f["dev_f1_start"] for f in those)
@@ -188,7 +188,7 @@ def tables(folder: Path, keep: bool) -> None:
                 lines.append(f"| {setting} | {len(fs)} | {show([f['test_f1'] for f in fs])} | {show([f['dev_f1'] for f in fs])} | {m('area'):.3f} | {half} | {m('no_signal_outcome'):.0%} -> {m('no_signal_igpo'):.0%} "
                              f"| {m('turns_start'):.1f} -> {m('turns_end'):.1f} | {m('gain_right_early'):+.2f} / {m('gain_wrong_early'):+.2f} | {m('return_right_early'):+.2f} / {m('return_wrong_early'):+.2f} | {m('seconds'):.1f} | {m('searches'):.0f} | {m('generated_tokens'):.0f} |")
     for regime in HOPS:
-        for other in ("grpo", "grpo, no format penalty", "prob, turn"):
+        for other in ("outcome only", "grpo", "grpo, no format penalty", "prob, turn"):
             ours, theirs = ({f["seed"]: f for f in finals if f["regime"] == regime and f["setting"] == s} for s in ("igpo", other))
             if both := sorted(set(ours) & set(theirs)):
                 apart = {key: show([ours[seed][key] - theirs[seed][key] for seed in both]) for key in ("test_f1", "area")}
