@@ -1,6 +1,6 @@
 """IGPO in one file: train a language-model agent that searches over several turns.
 
-Information Gain-based Policy Optimization (Wang et al., arXiv 2510.14967 v2, ICLR 2026). Equation numbers are theirs.
+Information Gain-based Policy Optimization (Wang et al., arXiv 2510.14967 v2, ICLR 2026). Equation numbers below are theirs.
 
 The policy answers a question in turns. A turn is *think, then search*, or, the last one, *think, then answer*:
 
@@ -20,7 +20,8 @@ Where we depart from the paper on purpose (the README compares paper, official c
   2. The belief is that of the first gold alias, cut at 32 tokens; F1 takes the best alias.
   3. LoRA instead of full fine-tuning: the reference policy is the same model with its adapter switched off.
   4. A rollout cut at max_turns, or by a broken format, keeps the gains of the turns before.
-  5. Gains are in probability, pooled per turn index, and neither they nor the outcomes are divided by their spread: see `turn_rewards`.
+  5. Gains are in probability, pooled per turn index, and neither they nor the outcomes are divided by their spread: see
+     `turn_rewards`. The paper's own variants are --gain logprob --norm separate (v2) and --gain prob --norm joint (v1).
 
     python igpo.py                                        the embedded demo: offline, on a laptop
     python igpo.py --model Qwen2.5-1.5B-Instruct          the same program on a GPU
@@ -49,7 +50,6 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -68,66 +68,73 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gen
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging as transformers_logging
 
-from search_tool import Passage, SearchError, checksum, clean_query, clean_text, open_search, read_passages
+from search_tool import Passage, SearchError, checksum, clean_query, clean_text, open_search
 
 HERE = Path(__file__).resolve().parent
 transformers_logging.disable_progress_bar()
-warnings.filterwarnings("ignore", message=r"`\w*gradient_checkpointing\w*` is deprecated")    # the old name works with every 5.x
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")      # PEFT's call, not ours
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
+
+def option(default, text: str, least: float | None = None, choices: list[str] | None = None):
+    """A field of Config: its default, its line of --help, the least value it may have, or the values it may have."""
+    return field(default=default, metadata={"help": text, "least": least, **({"choices": choices} if choices else {})})
+
 
 @dataclass
 class Config:
     """Every option. `python igpo.py --help` is made from this; the values in force are saved as config.json."""
     # what to train, and on what
-    model: str = field(default="", metadata={"help": "hub id, bare name (Qwen2.5-1.5B-Instruct), folder or .gguf file; empty: demo/policy"})
-    train: str = field(default="demo/train.jsonl", metadata={"help": "training questions: jsonl, or benchmarks by name (hotpotqa,2wikimultihopqa), see eval.py"})
-    dev: str = field(default="demo/dev.jsonl", metadata={"help": "questions for the periodic greedy evaluation, jsonl"})
-    search: str = field(default="bm25:demo/corpus.jsonl", metadata={"help": "search back end, see search_tool.py"})
-    search_cache: str = field(default="on", metadata={"help": "disk cache of network back ends: on, off, or only (answer from the cache alone)", "choices": ["on", "off", "only"]})
-    out: str = field(default="", metadata={"help": "run folder; empty: runs/<model>-<credit>-seed<seed>"})
-    resume: str = field(default="", metadata={"help": "run folder to go on with"})
-    seed: int = field(default=0, metadata={"help": "seed of sampling, data order and LoRA init"})
-    steps: int = field(default=200, metadata={"help": "training steps"})
+    model: str = option("", "hub id, bare name (Qwen2.5-1.5B-Instruct), folder or .gguf file; empty: demo/policy")
+    train: str = option("demo/train.jsonl", "training questions: jsonl, or benchmarks by name (hotpotqa,2wikimultihopqa), see eval.py")
+    dev: str = option("demo/dev.jsonl", "questions for the periodic greedy evaluation, jsonl")
+    search: str = option("bm25:demo/corpus.jsonl", "search back end, see search_tool.py")
+    search_cache: str = option("on", "disk cache of network back ends; only: answer from the cache alone", choices=["on", "off", "only"])
+    out: str = option("", "run folder; empty: runs/<model>-<credit>-seed<seed>")
+    resume: str = option("", "run folder to go on with")
+    seed: int = option(0, "seed of sampling, data order and LoRA init")
+    steps: int = option(200, "training steps", 0)
     # episode
-    questions: int = field(default=8, metadata={"help": "questions per step"})
-    group: int = field(default=8, metadata={"help": "rollouts per question (G), at least 2"})
-    max_turns: int = field(default=5, metadata={"help": "turns per rollout, the answer included"})
-    max_new_tokens: int = field(default=256, metadata={"help": "tokens the policy may write in one turn"})
-    top_k: int = field(default=3, metadata={"help": "passages per search"})
-    max_info_tokens: int = field(default=500, metadata={"help": "tokens of search results shown per turn"})
-    temperature: float = field(default=1.0, metadata={"help": "sampling temperature, also used in scoring; 0: greedy"})
-    max_failed_searches: float = field(default=0.5, metadata={"help": "share of a step's searches that may fail before the run stops"})
-    format_penalty: float = field(default=-0.1, metadata={"help": "outcome of a rollout that breaks the format (lambda_fmt, Eq. 2)"})
+    questions: int = option(8, "questions per step", 1)
+    group: int = option(8, "rollouts per question (G)", 2)
+    max_turns: int = option(5, "turns per rollout, the answer included", 1)
+    max_new_tokens: int = option(256, "tokens the policy may write in one turn", 1)
+    top_k: int = option(3, "passages per search", 1)
+    max_info_tokens: int = option(500, "tokens of search results shown per turn", 0)
+    temperature: float = option(1.0, "sampling temperature, also used in scoring")
+    max_failed_searches: float = option(0.5, "share of a step's searches that may fail before the run stops")
+    format_penalty: float = option(-0.1, "outcome of a rollout that breaks the format (lambda_fmt, Eq. 2)")
     # credit
-    credit: str = field(default="igpo", metadata={"help": "turn rewards: igpo, ig (gains only), grpo (outcome only), or a comparator: stepsearch (needs supporting passages), reasonrag, gigpo",
-                                            "choices": ["igpo", "ig", "grpo", "stepsearch", "reasonrag", "gigpo"]})
-    mc_rollouts: int = field(default=4, metadata={"help": "rollouts from each state for its value (--credit reasonrag)"})
-    gain: str = field(default="prob", metadata={"help": "information gain in log-probability (paper v2) or probability (v1)", "choices": ["logprob", "prob"]})
-    norm: str = field(default="centre", metadata={"help": "Eq. 5: separate (paper v2), joint (paper v1), turn (gains pooled per turn), centre (the same, and neither gains nor outcomes divided by their spread), scale (separate, gains not centred)", "choices": ["separate", "joint", "turn", "centre", "scale"]})
-    gamma: float = field(default=1.0, metadata={"help": "discount over turns (Eq. 6)"})
-    curriculum: bool = field(default=False, metadata={"help": "outcome weight .5 -> 1 and gain weight 1 -> .5 over training"})
-    belief: str = field(default="policy", metadata={"help": "who is asked for the belief: policy, or reference (adapter off)", "choices": ["policy", "reference"]})
+    credit: str = option("igpo", "turn rewards: igpo, ig (gains only), grpo (outcome only), or of benchmarks/comparators.py: stepsearch (needs "
+                         "supporting passages), reasonrag, gigpo", choices=["igpo", "ig", "grpo", "stepsearch", "reasonrag", "gigpo"])
+    mc_rollouts: int = option(4, "rollouts from each state for its value (--credit reasonrag)", 1)
+    gain: str = option("prob", "information gain in log-probability (paper v2) or probability (v1)", choices=["logprob", "prob"])
+    norm: str = option("centre", "Eq. 5: separate (paper v2), joint (paper v1), turn (gains pooled per turn), centre (the same, and neither gains "
+                       "nor outcomes divided by their spread), scale (separate, gains not centred)",
+                       choices=["separate", "joint", "turn", "centre", "scale"])
+    gamma: float = option(1.0, "discount over turns (Eq. 6)")
+    curriculum: bool = option(False, "outcome weight .5 -> 1 and gain weight 1 -> .5 over training")
+    belief: str = option("policy", "who is asked for the belief: policy, or reference (adapter off)", choices=["policy", "reference"])
     # update
-    lr: float = field(default=2e-5, metadata={"help": "learning rate of AdamW"})
-    ppo_epochs: int = field(default=1, metadata={"help": "passes over each step's rollouts"})
-    minibatches: int = field(default=1, metadata={"help": "optimizer updates per pass"})
-    clip: float = field(default=0.2, metadata={"help": "clip range of the ratio (epsilon, Eq. 7)"})
-    kl_coef: float = field(default=0.001, metadata={"help": "weight of the KL to the reference (beta, Eq. 7)"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradient norm is clipped to this"})
-    lora_rank: int = field(default=16, metadata={"help": "LoRA rank, on all linear layers"})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale is alpha / rank"})
+    lr: float = option(2e-5, "learning rate of AdamW", 0)
+    ppo_epochs: int = option(1, "passes over each step's rollouts", 1)
+    minibatches: int = option(1, "optimizer updates per pass", 1)
+    clip: float = option(0.2, "clip range of the ratio (epsilon, Eq. 7)", 0)
+    kl_coef: float = option(0.001, "weight of the KL to the reference (beta, Eq. 7)")
+    max_grad_norm: float = option(1.0, "gradient norm is clipped to this", 0)
+    lora_rank: int = option(16, "LoRA rank, on all linear layers", 1)
+    lora_alpha: int = option(32, "LoRA scale is alpha / rank")
     # machine
-    dtype: str = field(default="auto", metadata={"help": "auto: bfloat16 on CUDA, else float32", "choices": ["auto", "float32", "bfloat16"]})
-    rollout_batch: int = field(default=64, metadata={"help": "rollouts generated at once"})
-    batch_tokens: int = field(default=8192, metadata={"help": "padded tokens per forward in scoring and update"})
-    gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations in the update: slower, far less memory"})
+    dtype: str = option("auto", "auto: bfloat16 on CUDA, else float32", choices=["auto", "float32", "bfloat16"])
+    rollout_batch: int = option(64, "rollouts generated at once", 1)
+    batch_tokens: int = option(8192, "padded tokens per forward in scoring and update", 1)
+    gradient_checkpointing: bool = option(True, "recompute activations in the update: slower, far less memory")
     # what is kept
-    eval_every: int = field(default=10, metadata={"help": "steps between evaluations on the dev questions; 0: never"})
-    eval_questions: int = field(default=200, metadata={"help": "dev questions used"})
-    save_every: int = field(default=1, metadata={"help": "steps between checkpoints"})
-    show_every: int = field(default=20, metadata={"help": "steps between printed transcripts; 0: never"})
+    eval_every: int = option(10, "steps between evaluations on the dev questions; 0: never", 0)
+    eval_questions: int = option(200, "dev questions used", 1)
+    save_every: int = option(1, "steps between checkpoints", 1)
+    show_every: int = option(20, "steps between printed transcripts; 0: never", 0)
 
 
 # The embedded policy has 1M parameters and reads a page a turn: what it needs otherwise stands here and nowhere else.
@@ -190,14 +197,13 @@ def load_questions(path: str) -> list[dict]:
             raise UserError(f"{path}:{number}: not JSON ({first_line(e)}).") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: a line must be an object like {{\"question\": .., \"answers\": [..]}}.")
-        answers = row.get("answers", row.get("golden_answers"))
-        answers, supporting = [answers] if isinstance(answers, str) else answers, row.get("supporting") or []
-        if not isinstance(row.get("question"), str) or not row["question"].strip():
-            raise UserError(f"{path}:{number}: field \"question\" is missing or is not text.")
-        if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-            raise UserError(f"{path}:{number}: field \"answers\" is missing or is not a list of texts.")
-        if not isinstance(supporting, list) or not all(isinstance(i, str) for i in supporting):
-            raise UserError(f"{path}:{number}: field \"supporting\" is not a list of passage ids.")
+        answers, supporting = row.get("answers", row.get("golden_answers")), row.get("supporting") or []
+        answers = [answers] if isinstance(answers, str) else answers
+        texts = lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)
+        for name, fine, what in (("question", isinstance(row.get("question"), str) and row["question"].strip(), "text"),
+                                 ("answers", texts(answers), "a list of texts"), ("supporting", texts(supporting), "a list of passage ids")):
+            if not fine:
+                raise UserError(f"{path}:{number}: field \"{name}\" is missing or is not {what}.")
         answers = [a for a in answers if a.strip()]
         if not answers:
             raise UserError(f"{path}:{number}: no gold answer that is not empty.")
@@ -213,6 +219,17 @@ def load_train(spec: str) -> list[dict]:
         return load_questions(locate(spec))
     from eval import load_benchmark      # here, since eval.py imports this file
     return [q for name in spec.split(",") for q in load_benchmark(name.strip(), "train")]
+
+
+def locate(path: str) -> str:
+    """A path as given, or beside this file if there is nothing at it: the demo is found from any folder."""
+    return path if Path(path).exists() or not (HERE / path).exists() else str(HERE / path)
+
+
+def first_line(error: Exception) -> str:
+    if str(error).startswith("Weights only load failed"):  # torch goes on to recommend running it
+        return "it holds a pickle of more than weights, which is not run"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -315,8 +332,8 @@ def load_model(cfg: Config, adapter: str = ""):
             raise UserError(f"--model {name}: neither a folder here nor a family I know ({', '.join(FAMILIES)}). Give the hub id, owner/name.")
         name = f"{owner}/{name}"
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
-             "auto": torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32}[cfg.dtype]
+    auto = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
         lm = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, dtype=dtype, attn_implementation="sdpa", **options)
@@ -325,47 +342,47 @@ def load_model(cfg: Config, adapter: str = ""):
     except Exception as e:  # each library fails in its own way
         raise UserError(f"--model {cfg.model}: could not load {name} ({first_line(e)}). Offline, give a folder that holds config.json, "
                         "the safetensors and the tokenizer, or a .gguf file.") from None
-    if getattr(lm.config, "sliding_window", None):  # within its window it is full attention: rollouts stay within, and neither cache nor score() slides
+    if getattr(lm.config, "sliding_window", None):  # within its window it is full attention: rollouts stay within it, and nothing slides
         lm.config.max_position_embeddings, lm.config.sliding_window = min(context_length(lm), lm.config.sliding_window), 10**9
-    with torch.no_grad():
-        pair = torch.tensor([[1, 2]])
-        logits = lm(pair).logits
-        if torch.dist(logits, lm.get_output_embeddings()(lm.base_model(pair)[0])) > 0.01 * logits.norm():
-            raise UserError(f"--model {cfg.model}: it scales or caps its logits after the LM head, which token_logps does not. Take another model.")
-        try:
-            lm(pair, past_key_values=Cache(layer_class_to_replicate=RoomyLayer), use_cache=True)
-        except Exception:   # linear attention, convolutions ..
-            raise UserError(f"--model {cfg.model}: not all of its layers are attention with keys and values, which join_caches needs. Take another model.") from None
+    refuse_what_cannot_be_scored(lm, cfg.model)
     if options and hasattr(lm, "hf_quantizer"):  # the weights are plain floats now; the label would make PEFT think otherwise
         del lm.hf_quantizer, lm.config.quantization_config
     if tokenizer.pad_token_id is None:  # padding is known by length, so any id will do
         tokenizer.pad_token = tokenizer.eos_token
     if cfg.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    if adapter:
-        folder = Path(adapter) if (Path(adapter) / "adapter_config.json").is_file() else find_checkpoint(Path(adapter))
-        try:
-            model = PeftModel.from_pretrained(lm.to(device), folder).eval()
-            loaded = model.load_adapter(folder, "default")      # again, for what it tells: layers that are missing or too many pass in silence
-            if loaded.missing_keys or loaded.unexpected_keys:
-                raise ValueError("it has other layers")
-            return model, tokenizer
-        except Exception as e:
-            raise UserError(f"--adapter {adapter}: does not fit {cfg.model} ({first_line(e)}).") from None
-    torch.manual_seed(cfg.seed)
-    lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(lm.to(device), lora).eval(), tokenizer
+        lm.activation_checkpointing_enable({"use_reentrant": False})
+    if not adapter:
+        torch.manual_seed(cfg.seed)
+        lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(lm.to(device), lora).eval(), tokenizer
+    folder = Path(adapter) if (Path(adapter) / "adapter_config.json").is_file() else find_checkpoint(Path(adapter))
+    try:
+        model = PeftModel.from_pretrained(lm.to(device), folder).eval()
+        loaded = model.load_adapter(folder, "default")      # again, for what it tells: layers that are missing or too many pass in silence
+        if loaded.missing_keys or loaded.unexpected_keys:
+            raise ValueError("it has other layers")
+        return model, tokenizer
+    except Exception as e:
+        raise UserError(f"--adapter {adapter}: does not fit {cfg.model} ({first_line(e)}).") from None
+
+
+@torch.no_grad()
+def refuse_what_cannot_be_scored(lm, name: str) -> None:
+    """Raise UserError for a model whose logits are more than LM head (hidden state), or whose cache is more than keys and values."""
+    pair = torch.tensor([[1, 2]])
+    logits = lm(pair).logits
+    if torch.dist(logits, lm.get_output_embeddings()(lm.base_model(pair)[0])) > 0.01 * logits.norm():
+        raise UserError(f"--model {name}: it scales or caps its logits after the LM head, which token_logps does not. Take another model.")
+    try:
+        lm(pair, cache=Cache(layer_class_to_replicate=RoomyLayer), use_cache=True)
+    except Exception:   # linear attention, convolutions ..
+        raise UserError(f"--model {name}: not all of its layers are attention with keys and values, which join_caches needs. "
+                        "Take another model.") from None
 
 
 def context_length(lm) -> int:
     """Tokens that the model can read; a large number if it sets no limit."""
     return getattr(lm.config, "max_position_embeddings", None) or 10**9
-
-
-def first_line(error: Exception) -> str:
-    if str(error).startswith("Weights only load failed"):  # torch goes on to recommend running it
-        return "it holds a pickle of more than weights, which is not run"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def unwrap(model):
@@ -379,6 +396,103 @@ def reference(model):
 
 
 # ---- rollout ---------------------------------------------------------------------------------------------------------
+
+def rollout(model, tokenizer, questions: list[dict], search, cfg: Config) -> list[Rollout]:
+    """Sample cfg.group rollouts for each question, all turns. Question-major: group i is [i * G : (i + 1) * G].
+
+    Only temperature shapes the sampling (cfg.temperature = 0: greedy), so that score() sees the same distribution.
+    """
+    rollouts = [begin(tokenizer, q["question"]) for q in questions for _ in range(cfg.group)]
+    list(finish(model, tokenizer, rollouts, search, cfg))
+    return rollouts
+
+
+def begin(tokenizer, question: str) -> Rollout:
+    """A rollout of which there is the prompt alone."""
+    prompt = encode_prompt(tokenizer, question)
+    return Rollout(prompt, [0] * len(prompt), [-1] * len(prompt), [len(prompt)])
+
+
+@torch.no_grad()
+def finish(model, tokenizer, rollouts: list[Rollout], search, cfg: Config) -> Iterator[Rollout]:
+    """Take each rollout, in place, from its last boundary to its end, and yield it when it is there. Nothing is done but by iterating.
+
+    cfg.rollout_batch are played at once, turn by turn, and one that ends makes room for the next. The KV cache lives across
+    turns: only new text is read, and rows that ended leave the batch and the cache.
+    """
+    lm, waiting, live, parts = unwrap(model), list(rollouts), [], []
+    pad, sampling = tokenizer.pad_token_id, sampling_config(lm, tokenizer, cfg)
+    checkpoints_defaults, lm.generation_config = lm.generation_config, sampling
+    try:
+        while live or waiting:
+            if room := min(cfg.rollout_batch - len(live), len(waiting)):
+                joining, waiting = waiting[:room], waiting[room:]
+                live = live + joining
+                parts.append(read_texts(lm, [r.ids for r in joining], pad))
+            # A row is what the cache holds of it and what it does not, each padded on the left (mask 0; positions count the 1s).
+            known = [n for _, held, rows in parts for n in held[rows].sum(1).tolist()]
+            cache = join_caches(parts)
+            halves = ([r.ids[:n] for r, n in zip(live, known)], [r.ids[n:] for r, n in zip(live, known)])
+            ids, seen = (torch.cat(x, 1) for x in zip(*(left_pad(texts, pad, lm.device) for texts in halves)))
+            end = TurnEnd(tokenizer, ids.shape[1], len(live), set(sampling.eos_token_id))
+            out = lm.generate(ids, attention_mask=seen, cache=cache, generation_config=sampling,
+                              stopping_criteria=StoppingCriteriaList([end]))[:, ids.shape[1]:]
+            for r, new, length, done in zip(live, out.tolist(), end.length, end.done):
+                take_turn(r, new[:length], done, tokenizer, cfg)
+            asking = [r for r in live if not r.stop]
+            found = search.search_many([r.queries[-1] for r in asking], cfg.top_k) if asking else []
+            for r, passages in zip(asking, found):
+                take_results(r, passages, context_length(lm), tokenizer, cfg)
+            written = torch.arange(out.shape[1], device=lm.device) < torch.tensor(end.length, device=lm.device)[:, None]
+            on = [row for row, r in enumerate(live) if not r.stop]
+            ended, live = [r for r in live if r.stop], [live[row] for row in on]
+            # The last token of the longest turn was not read: generate() had no need to.
+            held = torch.cat([seen, written.long()], 1)[:, :-1]
+            parts = [(cache, held, torch.tensor(on, device=lm.device))] if on else []
+            del cache
+            yield from ended
+    finally:
+        lm.generation_config = checkpoints_defaults
+
+
+def sampling_config(lm, tokenizer, cfg: Config) -> GenerationConfig:
+    """Temperature, or greedy if it is 0, and nothing else.
+
+    All that the checkpoint's own generation defaults hold (top_k, top_p, repetition_penalty ..) would make the sampled
+    distribution differ from the scored one, so they are replaced as a whole; top_k = 0 because the library's default is 50.
+    """
+    eos = lm.generation_config.eos_token_id
+    eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    shape = {"do_sample": True, "temperature": cfg.temperature, "top_k": 0, "top_p": 1.0} if cfg.temperature > 0 else {"do_sample": False}
+    return GenerationConfig(**shape, max_new_tokens=cfg.max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(eos), use_cache=True)
+
+
+def take_turn(r: Rollout, new: list[int], closed: bool, tokenizer, cfg: Config) -> None:
+    """Write down a turn of the policy and what it does: end the rollout (r.stop is set), or ask one more query."""
+    turn, action = len(r.boundaries) - 1, parse_turn(tokenizer.decode(new))
+    r.write(new, True, turn)
+    if action is None:
+        r.stop = "format" if closed else "length"
+    elif action[0] == "answer":
+        r.stop, r.answer = "answer", action[1]
+    elif turn == cfg.max_turns - 1:
+        r.stop = "turns"
+    else:
+        r.queries.append(clean_query(action[1]))
+
+
+def take_results(r: Rollout, found: list[Passage], context: int, tokenizer, cfg: Config) -> None:
+    """Write down what the last query brought, which opens the next turn; or end the rollout if the context has no room for one."""
+    error = getattr(found, "error", None)
+    r.retrieved.append(list(found))
+    r.errors.append(error or "")
+    block = encode_information(tokenizer, found, error, cfg.max_info_tokens)
+    if len(r.ids) + len(block) + max(cfg.max_new_tokens, 2 * MAX_GOLD_TOKENS) > context:
+        r.stop = "length"
+    else:
+        r.write(block, False, len(r.boundaries) - 1)
+        r.boundaries.append(len(r.ids))
+
 
 class TurnEnd(StoppingCriteria):
     """Ends a row at </search>, </answer> or the end-of-sequence token, and notes its length: padding is known by length."""
@@ -433,7 +547,7 @@ def read_texts(lm, texts: list[list[int]], pad: int) -> tuple[Cache, torch.Tenso
     rows = [row_of.setdefault(tuple(text), len(row_of)) for text in texts]
     ids, held = left_pad([list(text[:-1]) for text in row_of], pad, lm.device)
     cache = Cache(layer_class_to_replicate=RoomyLayer)
-    lm.base_model(ids, attention_mask=held, position_ids=(held.cumsum(1) - 1).clamp(min=0), past_key_values=cache, use_cache=True)
+    lm.base_model(ids, attention_mask=held, position_ids=(held.cumsum(1) - 1).clamp(min=0), cache=cache, use_cache=True)
     return cache, held, torch.tensor(rows, device=lm.device)
 
 
@@ -442,93 +556,18 @@ def join_caches(parts: list[tuple[Cache, torch.Tensor, torch.Tensor]]) -> Cache:
     holds a token of the row's text. Those are moved to the right, side by side, in place of holes and padding. The parts are used up.
     """
     width = max(int(held[rows].sum(1).max()) for _, held, rows in parts)
-    orders = [F.pad(held[rows].argsort(dim=1, stable=True), (max(width - held.shape[1], 0), 0))[:, -width:] for _, held, rows in parts]    # the 0s come first
+    orders = []        # of each part, which columns its rows keep, (rows, width); the sort puts the 0s first
+    for _, held, rows in parts:
+        order = held[rows].argsort(dim=1, stable=True)
+        orders.append(F.pad(order, (max(width - held.shape[1], 0), 0))[:, -width:])
     joined = Cache(layer_class_to_replicate=RoomyLayer)
     for i in range(len(parts[0][0].layers)):
-        pieces = [[x[rows[:, None], :, order].transpose(1, 2) for x in (cache.layers[i].keys, cache.layers[i].values)] for (cache, _, rows), order in zip(parts, orders)]
+        pick = lambda x, rows, order: x[rows[:, None], :, order].transpose(1, 2)
+        pieces = [[pick(x, rows, order) for x in (cache.layers[i].keys, cache.layers[i].values)] for (cache, _, rows), order in zip(parts, orders)]
         joined.update(*map(torch.cat, zip(*pieces)), i)
         for cache, _, _ in parts:
             cache.layers[i] = None          # a layer at a time is held twice, not all of them
     return joined
-
-
-def rollout(model, tokenizer, questions: list[dict], search, cfg: Config) -> list[Rollout]:
-    """Sample cfg.group rollouts for each question, all turns. Question-major: group i is [i * G : (i + 1) * G].
-
-    Only temperature shapes the sampling (cfg.temperature = 0: greedy), so that score() sees the same distribution.
-    """
-    rollouts = [begin(tokenizer, q["question"]) for q in questions for _ in range(cfg.group)]
-    list(finish(model, tokenizer, rollouts, search, cfg))
-    return rollouts
-
-
-def begin(tokenizer, question: str) -> Rollout:
-    """A rollout of which there is the prompt alone."""
-    prompt = encode_prompt(tokenizer, question)
-    return Rollout(prompt, [0] * len(prompt), [-1] * len(prompt), [len(prompt)])
-
-
-@torch.no_grad()
-def finish(model, tokenizer, rollouts: list[Rollout], search, cfg: Config) -> Iterator[Rollout]:
-    """Take each rollout, in place, from its last boundary to its end, and yield it when it is there. Nothing is done but by iterating.
-
-    cfg.rollout_batch are played at once, turn by turn, and one that ends makes room for the next. The KV cache lives across
-    turns: only new text is read, and rows that ended leave the batch and the cache.
-    """
-    lm, waiting, live, parts = unwrap(model), list(rollouts), [], []
-    eos = lm.generation_config.eos_token_id
-    eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    pad, context = tokenizer.pad_token_id, context_length(lm)
-    # All that the checkpoint's own generation defaults hold (top_k, top_p, repetition_penalty ..) would make the sampled
-    # distribution differ from the scored one, so they are replaced as a whole; top_k = 0 because the library's default is 50.
-    shape = {"do_sample": True, "temperature": cfg.temperature, "top_k": 0, "top_p": 1.0} if cfg.temperature > 0 else {"do_sample": False}
-    sampling = GenerationConfig(**shape, max_new_tokens=cfg.max_new_tokens, pad_token_id=pad, eos_token_id=sorted(eos), use_cache=True)
-    checkpoints_defaults, lm.generation_config = lm.generation_config, sampling
-    try:
-        while live or waiting:
-            if room := min(cfg.rollout_batch - len(live), len(waiting)):
-                live, joining, waiting = live + waiting[:room], waiting[:room], waiting[room:]
-                parts.append(read_texts(lm, [r.ids for r in joining], pad))
-            # A row is what the cache holds of it and what it does not, each padded on the left (mask 0; positions count the 1s).
-            known = [n for _, held, rows in parts for n in held[rows].sum(1).tolist()]
-            cache = join_caches(parts)
-            halves = [left_pad(texts, pad, lm.device) for texts in ([r.ids[:n] for r, n in zip(live, known)], [r.ids[n:] for r, n in zip(live, known)])]
-            ids, seen = (torch.cat(x, 1) for x in zip(*halves))
-            end = TurnEnd(tokenizer, ids.shape[1], len(live), eos)
-            out = lm.generate(ids, attention_mask=seen, past_key_values=cache, generation_config=sampling, stopping_criteria=StoppingCriteriaList([end]))[:, ids.shape[1]:]
-            asking = []                                                               # rows that search
-            for row, (r, new) in enumerate(zip(live, out.tolist())):
-                turn, new = len(r.boundaries) - 1, new[:end.length[row]]
-                r.write(new, True, turn)
-                action = parse_turn(tokenizer.decode(new))
-                if action is None:
-                    r.stop = "format" if end.done[row] else "length"
-                elif action[0] == "answer":
-                    r.stop, r.answer = "answer", action[1]
-                elif turn == cfg.max_turns - 1:
-                    r.stop = "turns"
-                else:
-                    r.queries.append(clean_query(action[1]))
-                    asking.append(row)
-            for row, found in zip(asking, search.search_many([live[row].queries[-1] for row in asking], cfg.top_k) if asking else []):
-                r, error = live[row], getattr(found, "error", None)
-                r.retrieved.append(list(found))
-                r.errors.append(error or "")
-                block = encode_information(tokenizer, found, error, cfg.max_info_tokens)
-                if len(r.ids) + len(block) + max(cfg.max_new_tokens, 2 * MAX_GOLD_TOKENS) > context:
-                    r.stop = "length"                                                   # no room for another turn
-                else:
-                    r.write(block, False, len(r.boundaries) - 1)
-                    r.boundaries.append(len(r.ids))
-            written = torch.arange(out.shape[1], device=lm.device) < torch.tensor(end.length, device=lm.device)[:, None]
-            on = [row for row, r in enumerate(live) if not r.stop]
-            ended, live = [r for r in live if r.stop], [live[row] for row in on]
-            # The last token of the longest turn was not read: generate() had no need to.
-            parts = [(cache, torch.cat([seen, written.long()], 1)[:, :-1], torch.tensor(on, device=lm.device))] if on else []
-            del cache
-            yield from ended
-    finally:
-        lm.generation_config = checkpoints_defaults
 
 
 # ---- belief and log-probs --------------------------------------------------------------------------------------------
@@ -555,14 +594,14 @@ def token_logps(lm, rows: list[dict], temperature: float, chunk: int = HEAD_CHUN
         return pad_sequence([torch.tensor(x, dtype=torch.long) for x in lists], batch_first=True).to(lm.device)
     ids, probes = column([r["ids"][:r["length"]] for r in rows]), column([r["ids"][r["length"]:] for r in rows])    # (B, L), (B, P)
     cache = DynamicCache(config=lm.config) if probes.numel() else None
-    hidden = lm.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)[0]    # no mask: padding stands on the right, where none looks
+    hidden = lm.base_model(input_ids=ids, cache=cache, use_cache=cache is not None)[0]    # no mask: none looks at padding on the right
     if cache is not None:       # the probes of all turns at once, on the rollout's keys and values
-        limit, k = column([r["limit"] for r in rows]), torch.arange(max(ids.shape[1], probes.shape[1]), device=lm.device)
-        visible = torch.cat([k[:ids.shape[1]] < limit[:, :, None], (limit[:, None, :] == limit[:, :, None]) & (k[:probes.shape[1]] <= k[:probes.shape[1], None])], 2)
-        mask = torch.zeros(visible.shape, dtype=lm.dtype, device=lm.device).masked_fill_(~visible, torch.finfo(lm.dtype).min)     # (B, P, L + P)
-        asked = lm.base_model(input_ids=probes, position_ids=column([r["positions"] for r in rows]), attention_mask=mask[:, None], past_key_values=cache, use_cache=True)[0]
+        mask = probe_mask(column([r["limit"] for r in rows]), ids.shape[1], lm.dtype)
+        asked = lm.base_model(input_ids=probes, position_ids=column([r["positions"] for r in rows]), attention_mask=mask,
+                              cache=cache, use_cache=True)[0]
         hidden = torch.cat([hidden, asked], 1)
-    b, j = torch.tensor([(b, j if j < r["length"] else j - r["length"] + ids.shape[1]) for b, r in enumerate(rows) for j in r["targets"]], device=lm.device).T
+    places = [(b, j if j < r["length"] else j - r["length"] + ids.shape[1]) for b, r in enumerate(rows) for j in r["targets"]]
+    b, j = torch.tensor(places, device=lm.device).T
     hidden, targets, head = hidden[b, j - 1], torch.cat([ids, probes], 1)[b, j], lm.get_output_embeddings()
 
     def score_chunk(h, t):
@@ -573,12 +612,22 @@ def token_logps(lm, rows: list[dict], temperature: float, chunk: int = HEAD_CHUN
     return list(torch.cat(parts).split([len(r["targets"]) for r in rows]))
 
 
+def probe_mask(limit: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """What each probe token may attend to, as an additive mask (B, 1, P, length + P); limit (B, P) is as in `token_logps`."""
+    k = torch.arange(max(length, limit.shape[1]), device=limit.device)
+    rollout = k[:length] < limit[:, :, None]                                                # before its boundary
+    probe = (limit[:, None, :] == limit[:, :, None]) & (k[:limit.shape[1]] <= k[:limit.shape[1], None])    # its own, up to itself
+    visible = torch.cat([rollout, probe], 2)
+    return torch.zeros(visible.shape, dtype=dtype, device=limit.device).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
 def one_pass(rollout: Rollout, probes: list[list[int]], schema: int) -> dict:
     """Rollout and one probe (schema + gold) per boundary as one row for token_logps (paper, Fig. 3).
 
     Targets: the policy's tokens, then the gold tokens of each probe. A probe takes the positions that follow its boundary.
     """
-    row = {"ids": list(rollout.ids), "length": len(rollout.ids), "positions": [], "limit": [], "targets": [j for j, m in enumerate(rollout.mask) if m]}
+    row = {"ids": list(rollout.ids), "length": len(rollout.ids), "positions": [], "limit": [],
+           "targets": [j for j, m in enumerate(rollout.mask) if m]}
     for boundary, probe in zip(rollout.boundaries, probes):
         start = len(row["ids"])
         row["ids"] += probe
@@ -622,8 +671,8 @@ def in_micro_batches(work, lengths: list[int], model, cfg: Config) -> list[tuple
             if not out_of_memory(e):
                 raise
             if cfg.batch_tokens < max(lengths):
-                raise UserError(f"out of memory on a single rollout of {max(lengths)} tokens. Lower --max_turns, --max_info_tokens or --max_new_tokens, "
-                                "or add --gradient_checkpointing or --dtype bfloat16.") from None
+                raise UserError(f"out of memory on a single rollout of {max(lengths)} tokens. Lower --max_turns, --max_info_tokens or "
+                                "--max_new_tokens, or add --gradient_checkpointing or --dtype bfloat16.") from None
         # Here, not above: while the error lives, so do the tensors of the frames it came through.
         cfg.batch_tokens //= 2
         model.zero_grad(set_to_none=True)
@@ -632,7 +681,7 @@ def in_micro_batches(work, lengths: list[int], model, cfg: Config) -> list[tuple
 
 
 @torch.no_grad()
-def forward_scores(model, tokenizer, rollouts: list[Rollout], golds: list | None, cfg: Config) -> tuple[list[torch.Tensor], list[list[float]]]:
+def forward_scores(model, tokenizer, rollouts: list[Rollout], golds: list | None, cfg: Config):
     """Log-probs of the sampled tokens and, if golds are given, the beliefs b_0 .. b_{T-1}, by the model as it stands."""
     schema = encode(tokenizer, SCHEMA)
     rows = []
@@ -651,7 +700,7 @@ def forward_scores(model, tokenizer, rollouts: list[Rollout], golds: list | None
 
 
 def score(model, tokenizer, rollouts: list[Rollout], golds: list, cfg: Config) -> tuple[list[torch.Tensor], list[list[float]]]:
-    """Old log-probs of the sampled tokens (per rollout a tensor, one entry per token with mask 1) and beliefs (Eq. 3).
+    """(logps, beliefs): old log-probs of the sampled tokens (per rollout a tensor, one entry per token with mask 1) and beliefs (Eq. 3).
 
     golds[i] is the gold answer of rollout i, a text or a list of aliases of which the first is taken. The belief is asked of
     the policy, or with cfg.belief = "reference" of the model with its adapter off.
@@ -782,7 +831,8 @@ def turn_returns(gains: list[list[float]], outcomes: list[float], gamma: float =
                  gain_weight: float = 1.0, outcome_weight: float = 1.0) -> list[list[float]]:
     """Eq. 5 and 6 for one group of G rollouts: R_t = sum_{k >= t} gamma^(k-t) r~_k for every turn of every rollout.
 
-    The defaults are the paper's; those of Config are ours. gains[i] has one entry fewer than rollout i has turns. Raises ValueError as `turn_rewards` does.
+    The defaults are the paper's; those of Config are ours. gains[i] has one entry fewer than rollout i has turns. Raises
+    ValueError as `turn_rewards` does.
 
     >>> turn_returns([[1.0], [3.0]], [0.0, 1.0])        # gains -> -1, +1; outcomes -> -1, +1
     [[-2.0, -1.0], [2.0, 1.0]]
@@ -797,88 +847,14 @@ def turn_returns(gains: list[list[float]], outcomes: list[float], gamma: float =
     return returns
 
 
-# The comparators reward turns in other ways and share all the rest: rollouts, Eq. 5-6, loss, loop.
-
-
-def stepsearch_rewards(retrieved: list[list[Passage]], gold: list[str]) -> list[float]:
-    """StepSearch (arXiv 2505.15107): what each search adds to the coverage of the gold passages, less its share of repeats.
-
-    Coverage of a gold passage is the best TF-IDF cosine of anything retrieved so far. Here idf counts the passages of this
-    rollout and the gold ones; the paper's search-key reward needs keys that our data have not, and is left out; the paper
-    trains by PPO with a critic.
-
-    >>> a, b = Passage("1", "", "red fox", 0.0), Passage("2", "", "blue sea", 0.0)
-    >>> [round(r, 6) for r in stepsearch_rewards([[b], [a], [a, b]], ["red fox"])]
-    [0.0, 1.0, -1.0]
-    """
-    texts = [answer_words(text) for text in gold + [p.text for found in retrieved for p in found]]
-    df = Counter(word for words in texts for word in set(words))
-
-    def vector(words):
-        v = {w: n * (math.log((1 + len(texts)) / (1 + df[w])) + 1) for w, n in Counter(words).items()}
-        length = math.sqrt(sum(x * x for x in v.values()))
-        return {w: x / length for w, x in v.items()}
-    vectors = [vector(words) for words in texts]
-    targets, found_vectors = vectors[:len(gold)], iter(vectors[len(gold):])
-    best, seen, rewards = [0.0] * len(gold), set(), []
-    for found in retrieved:
-        now = [next(found_vectors) for _ in found]
-        after = [max([b] + [sum(x * v.get(w, 0.0) for w, x in g.items()) for v in now]) for g, b in zip(targets, best)]
-        rewards.append(mean(x - b for x, b in zip(after, best)) - mean(p.id in seen for p in found))
-        best, seen = after, seen | {p.id for p in found}
-    return rewards
-
-
-def gigpo_returns(states: list[list], outcomes: list[float], gamma: float = 1.0, omega: float = 1.0) -> list[list[float]]:
-    """GiGPO (arXiv 2505.10978): A_episode + omega * A_step for every turn of every rollout of a group.
-
-    states[i][t] is the state in which rollout i takes turn t: here the set of passages retrieved before it. A_step compares
-    the discounted outcomes of the turns taken in one state; a state met once compares with nothing and adds 0.
-
-    >>> gigpo_returns([["", "x"], ["", "x"], ["", "y"]], [1.0, 0.0, 0.5])[0]
-    [2.449489742783178, 2.224744871391589]
-    """
-    pools: dict = {}
-    for i, path in enumerate(states):
-        for t, state in enumerate(path):
-            pools.setdefault(state, []).append((i, t, gamma ** (len(path) - 1 - t) * outcomes[i]))
-    returns = [[a] * len(path) for a, path in zip(normalise(outcomes), states)]
-    for pool in pools.values():
-        for (i, t, _), a in zip(pool, normalise([value for _, _, value in pool])):
-            returns[i][t] += omega * a
-    return returns
-
-
-def mc_values(model, tokenizer, rollouts: list[Rollout], asked: list[dict], search, cfg: Config, alpha: float = 0.9) -> tuple[list[list[float]], int]:
-    """ReasonRAG (arXiv 2505.14069): the value of the state at each boundary, mean F1 * alpha^turns of cfg.mc_rollouts rollouts
-    from there; the increase is the turn's reward. Returns (values per rollout, tokens generated for them).
-
-    The paper finds states by tree search (MCTS) and trains DPO on pairs of them; here the states are those of the rollouts,
-    and the rewards go through Eq. 5-7 like all others.
-    """
-    starts = [Rollout(r.ids[:b], r.mask[:b], r.turns[:b], r.boundaries[:t + 1], queries=r.queries[:t], retrieved=r.retrieved[:t], errors=r.errors[:t])
-              for r in rollouts for t, b in enumerate(r.boundaries) for _ in range(cfg.mc_rollouts)]
-    before = sum(sum(s.mask) for s in starts)
-    list(finish(model, tokenizer, starts, search, cfg))
-    ends, values = iter(starts), []
-    for r, q in zip(rollouts, asked):
-        values.append([])
-        for _ in r.boundaries:
-            some = [next(ends) for _ in range(cfg.mc_rollouts)]
-            values[-1].append(mean(f1_score(s.answer, q["answers"]) * alpha ** len(s.boundaries) for s in some))
-    return values, sum(sum(s.mask) for s in starts) - before
-
-
-def credit(steps: list[list[float]], outcomes: list[float], states: list[list], cfg: Config, progress: float = 0.0) -> list[list[float]]:
+def credit(steps: list[list[float]], outcomes: list[float], cfg: Config, progress: float = 0.0) -> list[list[float]]:
     """Returns of one group under cfg.credit; progress 0..1 through training drives the curriculum.
 
-    steps: the reward of each turn but the last (information gains, or a comparator's); states: see `gigpo_returns`, which
-    divides by the spread whatever cfg.norm says. grpo does unless cfg.norm is centre.
+    steps: the reward of each turn but the last, information gains or a comparator's. grpo (outcome only: every token of rollout i
+    gets its normalised outcome) divides by the spread, as published, unless cfg.norm is centre.
     """
-    if cfg.credit == "gigpo":
-        return gigpo_returns(states, outcomes, cfg.gamma)
-    if cfg.credit == "grpo":    # outcome only: every token of rollout i gets its normalised outcome
-        return turn_returns([[0.0] * len(gs) for gs in steps], outcomes, norm="centre" if cfg.norm == "centre" else "separate")
+    if cfg.credit == "grpo":
+        return turn_returns([[0.0] * len(s) for s in steps], outcomes, norm="centre" if cfg.norm == "centre" else "separate")
     gain_weight, outcome_weight = (1 - progress / 2, .5 + progress / 2) if cfg.curriculum else (1.0, 1.0)
     return turn_returns(steps, outcomes, cfg.gamma, cfg.norm, gain_weight, 0.0 if cfg.credit == "ig" else outcome_weight)
 
@@ -914,19 +890,23 @@ def accumulate_gradient(model, rollouts, old, ref, returns, cfg: Config) -> dict
     """
     def work(batch):
         logps = token_logps(unwrap(model), [one_pass(rollouts[i], [], 0) for i in batch], cfg.temperature)
-        device = logps[0].device
-        spread = [torch.tensor([returns[i][t] for t in rollouts[i].policy_turns], device=device) for i in batch]
-        pad = lambda tensors: pad_sequence(tensors, batch_first=True)
-        logp, old_logp, ref_logp = pad(logps), pad([old[i] for i in batch]), pad([ref[i] for i in batch])
-        mask = pad([torch.ones_like(x, dtype=torch.bool) for x in logps])
-        loss, stats = policy_loss(logp, old_logp, ref_logp, pad(spread), mask, cfg.clip, cfg.kl_coef)
-        share = len(batch) / len(rollouts)
-        (loss * share).backward()
+        by_token = [torch.tensor([returns[i][t] for t in rollouts[i].policy_turns], device=logps[0].device) for i in batch]
+        mask = [torch.ones_like(x, dtype=torch.bool) for x in logps]
+        logp, old_logp, ref_logp, R, mask = (pad_sequence(x, batch_first=True) for x in (
+            logps, [old[i] for i in batch], [ref[i] for i in batch], by_token, mask))
+        loss, stats = policy_loss(logp, old_logp, ref_logp, R, mask, cfg.clip, cfg.kl_coef)
+        part = loss * (len(batch) / len(rollouts))
+        part.backward()
         ratio = torch.exp(logp - old_logp).detach()[mask]
-        return {**stats, "loss": loss.item() * share, "ratio": max(ratio.tolist(), key=lambda x: abs(x - 1))}
+        return {**stats, "loss": part.item(), "ratio": farthest(ratio.tolist())}
     parts = [stats for _, stats in in_micro_batches(work, [len(r.ids) for r in rollouts], model, cfg)]
     total = {key: sum(part[key] for part in parts) for key in ("loss", "tokens", "kl", "clipped", "entropy")}
-    return {**total, "ratio": max([1.0, *(part["ratio"] for part in parts)], key=lambda x: abs(x - 1))}
+    return {**total, "ratio": farthest([1.0, *(part["ratio"] for part in parts)])}
+
+
+def farthest(ratios: list[float]) -> float:
+    """The ratio farthest from 1."""
+    return max(ratios, key=lambda x: abs(x - 1))
 
 
 # ---- many processes --------------------------------------------------------------------------------------------------
@@ -977,48 +957,6 @@ def average_gradient(parameters: list, rollouts: int, loss: float) -> float:
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
-METRICS = {  # every key of metrics.jsonl; printed by --glossary, and the README's table is made from it
-    "step": "optimizer steps done; row 0 holds the evaluation before any update",
-    "eval_f1": "mean F1 on the dev questions, greedy (rows where they were run)",
-    "eval_em": "mean exact match on the dev questions, greedy",
-    "eval_turns": "mean turns on the dev questions",
-    "outcome_f1": "mean F1 of the step's rollouts; 0 for a rollout without an answer",
-    "outcome_em": "mean exact match of the step's rollouts",
-    "outcome_reward": "mean of Eq. 2, format penalties included",
-    "belief_first": "mean belief at the prompt, b_0: log-probability per gold token (Eq. 3)",
-    "belief_last": "mean belief at the last boundary, b_{T-1}",
-    "gain_mean": "mean information gain of a turn (Eq. 4), in nats or, with --gain prob, in probability",
-    "gain_std": "its standard deviation",
-    "gain_positive": "share of gains above 0",
-    "return_std": "standard deviation of the returns over the policy's tokens (Eq. 6); 0: nothing to learn from",
-    "turns": "mean turns per rollout",
-    "stop_answer": "share of rollouts that ended with an answer",
-    "stop_format": "share that broke the format",
-    "stop_length": "share cut in the middle of a turn, or out of context",
-    "stop_turns": "share that still searched on the last turn",
-    "no_signal_outcome": "share of groups whose outcomes all agree: outcome-only training learns nothing from them",
-    "no_signal_igpo": "share of groups with neither outcomes nor gains that differ",
-    "ratio_start": "probability ratio new / old before the step's first update, of all tokens the one farthest from 1; should be 1",
-    "clip_fraction": "share of policy tokens whose ratio was clipped",
-    "kl": "mean KL to the reference per policy token (k3 estimate)",
-    "entropy": "mean of -log pi of the sampled tokens: an estimate of the policy's entropy per token",
-    "loss": "value of Eq. 7; near 0 on policy whatever happens, since normalised returns cancel: look at eval_f1 instead",
-    "grad_norm": "norm of the gradient before clipping",
-    "skipped": "updates skipped since the start because a belief, the loss or the gradient was not finite",
-    "policy_tokens": "tokens written by the policy and trained on",
-    "generated_tokens": "tokens generated, those of Monte-Carlo rollouts (--credit reasonrag) included",
-    "searches": "queries sent",
-    "failed_searches": "queries that came back with an error",
-    "seconds": "wall time of the step, without evaluation",
-    "seconds_rollout": "of which generation",
-    "seconds_search": "of which search",
-    "seconds_score": "of which beliefs, old and reference log-probs",
-    "seconds_credit": "of which a comparator's step rewards; those of --credit reasonrag generate and search",
-    "seconds_update": "of which gradient and optimizer",
-    "peak_memory_mb": "peak memory so far: of the GPU if there is one, else of the process",
-}
-
-
 class MeteredSearch:
     """Counts queries, failures and seconds of a search back end since the last reset()."""
 
@@ -1033,7 +971,9 @@ class MeteredSearch:
         start = time.perf_counter()
         results = self.search.search_many(queries, k)
         errors = [r.error for r in results if getattr(r, "error", None)]
-        self.queries, self.failed, self.seconds = self.queries + len(queries), self.failed + len(errors), self.seconds + time.perf_counter() - start
+        self.queries += len(queries)
+        self.failed += len(errors)
+        self.seconds += time.perf_counter() - start
         self.last_error = errors[-1] if errors else self.last_error
         return results
 
@@ -1074,13 +1014,13 @@ def transcript(row: dict) -> str:
 def evaluate(model, tokenizer, questions: list[dict], search, cfg: Config) -> dict:
     """Greedy rollouts, one a question: mean F1, exact match and turns; no figures, and a line that says so, if the search is down."""
     rollouts = gathered(rollout(model, tokenizer, share(questions), search, replace(cfg, group=1, temperature=0.0)))
-    n, errors = len(questions), [e for r in rollouts for e in r.errors]
+    errors = [e for r in rollouts for e in r.errors]
     if sum(map(bool, errors)) > cfg.max_failed_searches * len(errors):
         tqdm.write(f"no evaluation: {sum(map(bool, errors))} of {len(errors)} searches failed ({max(errors)})")
         return {}
-    return {"eval_f1": sum(f1_score(r.answer, q["answers"]) for r, q in zip(rollouts, questions)) / n,
-            "eval_em": sum(exact_match(r.answer, q["answers"]) for r, q in zip(rollouts, questions)) / n,
-            "eval_turns": sum(len(r.boundaries) for r in rollouts) / n}
+    return {"eval_f1": mean(f1_score(r.answer, q["answers"]) for r, q in zip(rollouts, questions)),
+            "eval_em": mean(exact_match(r.answer, q["answers"]) for r, q in zip(rollouts, questions)),
+            "eval_turns": mean(len(r.boundaries) for r in rollouts)}
 
 
 def step_questions(questions: list[dict], step: int, cfg: Config) -> list[dict]:
@@ -1093,83 +1033,94 @@ def step_questions(questions: list[dict], step: int, cfg: Config) -> list[dict]:
 
 def train_step(model, tokenizer, optimizer, questions: list[dict], search: MeteredSearch, cfg: Config, progress: float) -> tuple[dict, list[dict]]:
     """One step: rollouts, beliefs, returns, update. questions: this process's. Returns (metrics, records of the rollouts), of all processes."""
-    clock = [time.perf_counter()]
+    began = time.perf_counter()
     rollouts = rollout(model, tokenizer, questions, search, cfg)
-    clock.append(time.perf_counter())
-
     asked = [q for q in questions for _ in range(cfg.group)]                       # the question of each rollout
+    played, searching = time.perf_counter(), search.seconds
+
     old, beliefs = score(model, tokenizer, rollouts, [q["answers"] for q in asked], cfg)
     ref = old
     if cfg.kl_coef:
         with reference(model):
             ref, _ = forward_scores(model, tokenizer, rollouts, None, cfg)
-    clock.append(time.perf_counter())
+    scored = time.perf_counter()
 
     outcomes = [outcome_reward(r, q["answers"], cfg.format_penalty) for r, q in zip(rollouts, asked)]
-    gains = steps = [info_gains(b, cfg.gain) for b in beliefs]
-    extra_tokens = 0
-    if cfg.credit == "stepsearch":
-        steps = [stepsearch_rewards(r.retrieved[:len(gs)], q["supporting_texts"]) for r, q, gs in zip(rollouts, asked, gains)]
-    elif cfg.credit == "reasonrag":
-        values, extra_tokens = mc_values(model, tokenizer, rollouts, asked, search, cfg)
-        steps = [info_gains(v) for v in values]
-    states = [[frozenset(p.id for found in r.retrieved[:t] for p in found) for t in range(len(r.boundaries))] for r in rollouts]
-    clock.append(time.perf_counter())
-    finite = all(gathered([math.isfinite(b) for bs in beliefs for b in bs]))
+    gains, extra_tokens = [info_gains(b, cfg.gain) for b in beliefs], 0
     groups = [slice(i, i + cfg.group) for i in range(0, len(rollouts), cfg.group)]
-    returns = [r for g in groups for r in credit(steps[g], outcomes[g], states[g], cfg, progress)] if finite else [[0.0] * len(b) for b in beliefs]
+    finite = all(gathered([math.isfinite(b) for bs in beliefs for b in bs]))
+    if not finite:
+        returns = [[0.0] * len(b) for b in beliefs]                                # and no update is made
+    elif cfg.credit in ("igpo", "ig", "grpo"):
+        returns = [R for g in groups for R in credit(gains[g], outcomes[g], cfg, progress)]
+    else:
+        from benchmarks.comparators import comparator_returns                      # here, since it imports this file
+        returns, extra_tokens = comparator_returns(model, tokenizer, rollouts, asked, outcomes, search, cfg, progress)
     for r, R in zip(rollouts, returns):
         if len(R) != max(r.turns) + 1 or len(R) != len(r.boundaries):
             raise AssertionError(f"{len(R)} returns and {len(r.boundaries)} boundaries for {max(r.turns) + 1} turns")
+    credited = time.perf_counter()
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    totals, skipped, first_ratio = [], 0, None
+    totals = update(model, optimizer, rollouts, old, ref, returns, cfg) if finite else []
+    updated = time.perf_counter()
+
+    # Every process makes the same row, of all rollouts, and so comes to the same decisions.
+    skipped, ratios = sum(t["skipped"] for t in totals) + (not finite), gathered([t["ratio"] for t in totals[:1]])
+    totals = gathered([t for t in totals if not t["skipped"]])
+    rollouts, asked, beliefs, outcomes, gains, returns = zip(*gathered(list(zip(rollouts, asked, beliefs, outcomes, gains, returns))))
+    searches, failed, extra_tokens = map(sum, zip(*gathered([(search.queries, search.failed, extra_tokens)])))
+    row = {**rollout_metrics(rollouts, asked, beliefs, outcomes, gains, returns, cfg), **update_metrics(totals),
+           "ratio_start": farthest(ratios) if ratios else None, "skipped": skipped, "searches": searches, "failed_searches": failed,
+           "seconds": updated - began, "seconds_rollout": played - began - searching, "seconds_search": search.seconds, "seconds_score": scored - played,
+           "seconds_credit": credited - scored, "seconds_update": updated - credited, "peak_memory_mb": peak_memory_mb()}
+    row["generated_tokens"] = row["policy_tokens"] + extra_tokens
+    return row, [record(tokenizer, r, q, b, R, gain=cfg.gain) for r, q, b, R in zip(rollouts, asked, beliefs, returns)]
+
+
+def update(model, optimizer, rollouts, old, ref, returns, cfg: Config) -> list[dict]:
+    """The optimizer's updates of a step; the stats of each, one whose loss or gradient was not finite being "skipped"."""
+    parameters, totals = [p for p in model.parameters() if p.requires_grad], []
     model.train()
-    for _ in range(cfg.ppo_epochs if finite else 0):
+    for _ in range(cfg.ppo_epochs):
         order = torch.randperm(len(rollouts)).tolist() if cfg.minibatches > 1 else list(range(len(rollouts)))
         for m in range(cfg.minibatches):
             part = order[m::cfg.minibatches]
-            optimizer.zero_grad(set_to_none=True)
             pick = lambda values: [values[i] for i in part]
+            optimizer.zero_grad(set_to_none=True)
             total = accumulate_gradient(model, pick(rollouts), pick(old), pick(ref), pick(returns), cfg)
             total["loss"] = average_gradient(parameters, len(part), total["loss"])
             total["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
-            first_ratio = total["ratio"] if first_ratio is None else first_ratio
-            if math.isfinite(total["loss"]) and math.isfinite(total["grad_norm"]):
+            total["skipped"] = not (math.isfinite(total["loss"]) and math.isfinite(total["grad_norm"]))
+            if not total["skipped"]:
                 optimizer.step()
-                totals.append(total)
-            else:
-                skipped += 1
+            totals.append(total)
     optimizer.zero_grad(set_to_none=True)
     model.eval()
-    clock.append(time.perf_counter())
+    return totals
 
-    # Every process makes the same row, of all rollouts, and so comes to the same decisions.
-    rollouts, asked, beliefs, outcomes, gains, returns = zip(*gathered(list(zip(rollouts, asked, beliefs, outcomes, gains, returns))))
+
+def rollout_metrics(rollouts, asked, beliefs, outcomes, gains, returns, cfg: Config) -> dict:
+    """What the glossary tells of a step's rollouts."""
     groups = [slice(i, i + cfg.group) for i in range(0, len(rollouts), cfg.group)]
-    searches, failed, extra_tokens = map(sum, zip(*gathered([(search.queries, search.failed, extra_tokens)])))
-    ratios, totals = gathered([first_ratio]), gathered(totals)
-    tokens = sum(t["tokens"] for t in totals) or 1
     flat = [g for gs in gains for g in gs]
-    spread = [R[t] for r, R in zip(rollouts, returns) for t in r.policy_turns]
     silent = [std(outcomes[g]) <= STD_FLOOR for g in groups]
-    f1 = [f1_score(r.answer, q["answers"]) for r, q in zip(rollouts, asked)]
-    row = {
-        "outcome_f1": mean(f1), "outcome_em": mean(exact_match(r.answer, q["answers"]) for r, q in zip(rollouts, asked)), "outcome_reward": mean(outcomes),
+    silent_gains = [std(x for gs in gains[g] for x in gs) <= STD_FLOOR for g in groups]
+    return {
+        "outcome_f1": mean(f1_score(r.answer, q["answers"]) for r, q in zip(rollouts, asked)),
+        "outcome_em": mean(exact_match(r.answer, q["answers"]) for r, q in zip(rollouts, asked)), "outcome_reward": mean(outcomes),
         "belief_first": mean(b[0] for b in beliefs), "belief_last": mean(b[-1] for b in beliefs),
         "gain_mean": mean(flat), "gain_std": std(flat), "gain_positive": mean(g > 0 for g in flat),
-        "return_std": std(spread), "turns": mean(len(b) for b in beliefs),
+        "return_std": std(R[t] for r, R in zip(rollouts, returns) for t in r.policy_turns), "turns": mean(len(b) for b in beliefs),
         **{f"stop_{why}": mean(r.stop == why for r in rollouts) for why in ("answer", "format", "length", "turns")},
-        "no_signal_outcome": mean(silent),
-        "no_signal_igpo": mean(quiet and std(x for gs in gains[g] for x in gs) <= STD_FLOOR for quiet, g in zip(silent, groups)),
-        "ratio_start": max(ratios, key=lambda x: abs(x - 1)) if finite else None, "clip_fraction": sum(t["clipped"] for t in totals) / tokens, "kl": sum(t["kl"] for t in totals) / tokens,
-        "entropy": sum(t["entropy"] for t in totals) / tokens, "loss": mean(t["loss"] for t in totals), "grad_norm": mean(t["grad_norm"] for t in totals),
-        "skipped": skipped + (not finite), "policy_tokens": sum(sum(r.mask) for r in rollouts), "generated_tokens": sum(sum(r.mask) for r in rollouts) + extra_tokens,
-        "searches": searches, "failed_searches": failed,
-        "seconds": clock[4] - clock[0], "seconds_rollout": clock[1] - clock[0] - search.seconds, "seconds_search": search.seconds,
-        "seconds_score": clock[2] - clock[1], "seconds_credit": clock[3] - clock[2], "seconds_update": clock[4] - clock[3], "peak_memory_mb": peak_memory_mb(),
-    }
-    return row, [record(tokenizer, r, q, b, R, gain=cfg.gain) for r, q, b, R in zip(rollouts, asked, beliefs, returns)]
+        "no_signal_outcome": mean(silent), "no_signal_igpo": mean(a and b for a, b in zip(silent, silent_gains)),
+        "policy_tokens": sum(sum(r.mask) for r in rollouts)}
+
+
+def update_metrics(totals: list[dict]) -> dict:
+    """What the glossary tells of a step's updates."""
+    per_token = lambda key: sum(t[key] for t in totals) / (sum(t["tokens"] for t in totals) or 1)
+    return {"clip_fraction": per_token("clipped"), "kl": per_token("kl"), "entropy": per_token("entropy"),
+            "loss": mean(t["loss"] for t in totals), "grad_norm": mean(t["grad_norm"] for t in totals)}
 
 
 def peak_memory_mb() -> float:
@@ -1179,28 +1130,18 @@ def peak_memory_mb() -> float:
 
 
 def memory_card(model, cfg: Config) -> dict[str, int]:
-    """Bytes a run needs at most, by arithmetic on shapes alone; small and passing things are left out.
-
-        weights   each at its own size
-        adapter   7 times the LoRA parameters: they, gradient, two moments of AdamW, and a copy of all but the gradient to fall back on
-        rollouts  rollout_batch (2 L D s T + 16 I max_info_tokens)        keys and values, and the reading of search results
-        update    L N (H s, or W without gradient checkpointing) + max(N (8 (H + I) + W with it), 16 HEAD_CHUNK V)
-        peak      weights + adapter + the larger of rollouts and update
-
-    L layers of width H, D of it for keys, I in the MLP; vocabulary V; s bytes a weight; rollouts of T tokens, at most, with a
-    prompt of 300; N = max(batch_tokens, T); W = 40 H + (4 + 3 s) I bytes that a token leaves in a layer for the backward. The
-    numbers in W and the factors 8 and 16 were measured, on Qwen2 layers with LoRA.
-    """
+    """Bytes a run needs at most, by arithmetic on shapes alone: the README's formula under "What fits", in its letters."""
     c = unwrap(model).config.get_text_config()
     L, H, V, heads = c.num_hidden_layers, c.hidden_size, c.vocab_size, c.num_attention_heads
     I = getattr(c, "intermediate_size", None) or 4 * H
     D = (getattr(c, "num_key_value_heads", None) or heads) * (getattr(c, "head_dim", None) or H // heads)
     s = unwrap(model).dtype.itemsize
-    T = min(300 + cfg.max_turns * cfg.max_new_tokens + (cfg.max_turns - 1) * cfg.max_info_tokens, getattr(c, "max_position_embeddings", None) or 10**9)
-    N, W = max(cfg.batch_tokens, T), 40 * H + (4 + 3 * s) * I
+    T = min(300 + cfg.max_turns * cfg.max_new_tokens + (cfg.max_turns - 1) * cfg.max_info_tokens, context_length(unwrap(model)))
+    N, W = max(cfg.batch_tokens, T), 40 * H + (4 + 3 * s) * I       # W: bytes that a token leaves in a layer for the backward
     kept, again = (H * s, W) if cfg.gradient_checkpointing else (W, 0)
     size = {on: sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad == on) for on in (True, False)}
-    card = {"weights": size[False], "adapter": 7 * size[True], "rollouts": cfg.rollout_batch * (2 * L * D * s * T + 16 * I * cfg.max_info_tokens),
+    card = {"weights": size[False], "adapter": 7 * size[True],      # LoRA, gradient, two moments of AdamW, a copy of all but the gradient
+            "rollouts": cfg.rollout_batch * (2 * L * D * s * T + 16 * I * cfg.max_info_tokens),
             "update": L * N * kept + max(N * (8 * (H + I) + again), 16 * HEAD_CHUNK * V)}
     return {**card, "peak": card["weights"] + card["adapter"] + max(card["rollouts"], card["update"])}
 
@@ -1225,15 +1166,15 @@ def fit(model, cfg: Config) -> Config:
 
 def memory_line(model, cfg: Config) -> str:
     """memory_card() in one line, with what the device has."""
-    card = {key: value / 2**20 for key, value in memory_card(model, cfg).items()}
-    there = device_memory() / 2**20
-    return (f"Memory at most, computed: weights {card['weights']:,.0f} MB + adapter and optimizer {card['adapter']:,.0f} + the larger of rollouts {card['rollouts']:,.0f} "
-            f"(--rollout_batch {cfg.rollout_batch}) and update {card['update']:,.0f} (--batch_tokens {cfg.batch_tokens}) = {card['peak']:,.0f} MB of {there:,.0f}."
+    card, there = memory_card(model, cfg), device_memory()
+    mb = {key: f"{value / 2**20:,.0f}" for key, value in {**card, "there": there}.items()}
+    return (f"Memory at most, computed: weights {mb['weights']} MB + adapter and optimizer {mb['adapter']} + the larger of rollouts {mb['rollouts']} "
+            f"(--rollout_batch {cfg.rollout_batch}) and update {mb['update']} (--batch_tokens {cfg.batch_tokens}) = {mb['peak']} MB of {mb['there']}."
             + " That may not fit." * (card["peak"] > there))
 
 
 def train(cfg: Config) -> Path:
-    """The whole run; returns its folder. Ctrl-C, SIGTERM or an error, of this process or another: the weights of the last whole step are saved."""
+    """The whole run; returns its folder. Ctrl-C, SIGTERM or an error, of this process or another: the last whole step is saved."""
     rank = process()[0]
     if rank:
         gathered([])      # the first process goes first: what it downloads and indexes the others find
@@ -1245,6 +1186,7 @@ def train(cfg: Config) -> Path:
         gathered([])
     check_data(tokenizer, questions, model, cfg)
     if cfg.credit == "stepsearch":
+        from benchmarks.comparators import with_supporting_texts      # here, since it imports this file
         questions = with_supporting_texts(questions, cfg)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0.0)
     data = {name: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for name, rows in (("train", questions), ("dev", dev))}
@@ -1279,7 +1221,7 @@ def train(cfg: Config) -> Path:
 
         def save():
             if not rank:
-                save_checkpoint(out, model, whole, cfg, data)
+                save_checkpoint(out, model, whole, data)
 
         def stop(number, frame):
             signal.signal(number, signal.SIG_IGN)      # once is enough: what follows is the saving
@@ -1297,8 +1239,9 @@ def train(cfg: Config) -> Path:
                     bar.write(f"before training: dev F1 {row['eval_f1']:.3f}, EM {row['eval_em']:.3f}, {row['eval_turns']:.1f} turns")
             for step in range(done + 1, cfg.steps + 1):
                 search.reset()
-                torch.manual_seed(random.Random(f"{cfg.seed}-{step}-{rank}").getrandbits(63))     # the step tells all: a resumed run goes on as it would have
-                row, records = train_step(model, tokenizer, optimizer, share(step_questions(questions, step, cfg)), search, cfg, (step - 1) / max(cfg.steps - 1, 1))
+                torch.manual_seed(random.Random(f"{cfg.seed}-{step}-{rank}").getrandbits(63))     # a resumed run goes on as it would have
+                ours, progress = share(step_questions(questions, step, cfg)), (step - 1) / max(cfg.steps - 1, 1)
+                row, records = train_step(model, tokenizer, optimizer, ours, search, cfg, progress)
                 row = {"step": step, **row, "skipped": whole["skipped"] + row["skipped"]}
                 if row["skipped"] > whole["skipped"]:
                     bar.write(f"step {step}: a belief, the loss or the gradient was not finite; {row['skipped']} updates skipped so far")
@@ -1343,9 +1286,9 @@ def train(cfg: Config) -> Path:
 
 def summary(row: dict) -> str:
     """A step in one line."""
-    text = (f"step {row['step']:>4}  F1 {row['outcome_f1']:.2f}  turns {row['turns']:.1f}  belief {row['belief_first']:+.2f} -> {row['belief_last']:+.2f}  "
-            f"gain {row['gain_mean']:+.2f} ± {row['gain_std']:.2f}  no signal {row['no_signal_outcome']:.0%} -> {row['no_signal_igpo']:.0%}  "
-            f"KL {row['kl']:.3f}  {row['seconds']:.1f} s")
+    text = (f"step {row['step']:>4}  F1 {row['outcome_f1']:.2f}  turns {row['turns']:.1f}  belief {row['belief_first']:+.2f} -> "
+            f"{row['belief_last']:+.2f}  gain {row['gain_mean']:+.2f} ± {row['gain_std']:.2f}  no signal {row['no_signal_outcome']:.0%} -> "
+            f"{row['no_signal_igpo']:.0%}  KL {row['kl']:.3f}  {row['seconds']:.1f} s")
     failed = f"  {row['failed_searches']} searches failed" if row["failed_searches"] else ""
     return text + failed + (f"  dev F1 {row['eval_f1']:.3f}, EM {row['eval_em']:.3f}" if "eval_f1" in row else "")
 
@@ -1396,7 +1339,7 @@ def restore(model, optimizer, state: dict) -> None:
     optimizer.load_state_dict(state["optimizer"])
 
 
-def save_checkpoint(out: Path, model, state: dict, cfg: Config, data: dict) -> None:
+def save_checkpoint(out: Path, model, state: dict, data: dict) -> None:
     """out/checkpoint: the adapter in PEFT's format, and state.pt. A new folder takes the old one's place, whole."""
     new, now, old = (out / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
     shutil.rmtree(new, ignore_errors=True)
@@ -1438,11 +1381,6 @@ def load_checkpoint(out: Path, model, optimizer, data: dict) -> tuple[int, int]:
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
-def locate(path: str) -> str:
-    """A path as given, or beside this file if there is nothing at it: the demo is found from any folder."""
-    return path if Path(path).exists() or not (HERE / path).exists() else str(HERE / path)
-
-
 def open_run_search(cfg: Config):
     """The search back end of a run; the demo's corpus is found from any folder."""
     return open_search("bm25:" + locate(cfg.search[5:]) if cfg.search.startswith("bm25:") else cfg.search, cache=cfg.search_cache)
@@ -1460,19 +1398,6 @@ def check_data(tokenizer, questions: list[dict], model, cfg: Config) -> None:
         print(f"{long} of {len(questions)} gold answers are longer than {MAX_GOLD_TOKENS} tokens: the belief is read on their first {MAX_GOLD_TOKENS}.")
 
 
-def with_supporting_texts(questions: list[dict], cfg: Config) -> list[dict]:
-    """The questions with the texts of their supporting passages, out of the BM25 corpus, as --credit stepsearch needs them."""
-    if not cfg.search.startswith("bm25:"):
-        raise UserError("--credit stepsearch looks supporting passages up in the corpus: it needs --search bm25:<corpus.jsonl>.")
-    wanted = {i for q in questions for i in q.get("supporting") or []}
-    texts = {p.id: p.text for p in read_passages(locate(cfg.search[5:])) if p.id in wanted}
-    for q in questions:
-        lacking = [i for i in q.get("supporting") or [] if i not in texts]
-        if lacking or not q.get("supporting"):
-            raise UserError(f"--credit stepsearch: question {q['id']} of {cfg.train} " + (f"names passage {lacking[0]}, which the corpus lacks." if lacking else "names no supporting passages."))
-    return [{**q, "supporting_texts": [texts[i] for i in q["supporting"]]} for q in questions]
-
-
 RESUME_MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "show_every",      # all else would make it another run
                      "rollout_batch", "batch_tokens", "gradient_checkpointing"}           # what the memory allows
 
@@ -1488,6 +1413,17 @@ def read_config(folder: str) -> Config:
         return cfg
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{folder}/config.json: cannot be read ({first_line(e)}). Is it a run folder?") from None
+
+
+def check_bounds(cfg: Config) -> None:
+    """Raise UserError for a number below the least that Config allows, or one that no computer counts to."""
+    for f in fields(Config):
+        value, least = getattr(cfg, f.name), f.metadata["least"]
+        if not isinstance(value, str) and not abs(value) < 2**63:
+            raise UserError(f"--{f.name} {value} is out of range.")
+        if least is not None and value < least:
+            why = ": a group of one has nothing to compare" if f.name == "group" else ""
+            raise UserError(f"--{f.name} must be at least {least}{why}.")
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
@@ -1520,16 +1456,9 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
         while not cfg.out and Path(name if n == 1 else f"{name}-{n}").exists() and not args.overwrite:
             n += 1
         cfg = replace(cfg, out=cfg.out or (name if n == 1 else f"{name}-{n}"))
-    least = {"questions": process()[1], "group": 2, "max_turns": 1, "max_new_tokens": 1, "top_k": 1, "max_info_tokens": 0, "mc_rollouts": 1, "steps": 0,
-             "ppo_epochs": 1, "minibatches": 1, "rollout_batch": 1, "batch_tokens": 1, "save_every": 1, "eval_every": 0, "eval_questions": 1,
-             "show_every": 0, "lora_rank": 1, "lr": 0, "clip": 0, "max_grad_norm": 0}
-    for key, value in asdict(cfg).items():
-        if not isinstance(value, str) and not abs(value) < 2**63:
-            raise UserError(f"--{key} {value} is out of range.")
-    for key, bound in least.items():
-        if getattr(cfg, key) < bound:
-            why = ": a group of one has nothing to compare" if key == "group" else ""
-            raise UserError(f"--{key} must be at least {bound}{why}.")
+    check_bounds(cfg)
+    if cfg.questions < process()[1]:
+        raise UserError(f"--questions must be at least {process()[1]}: each process plays whole groups of its own.")
     if cfg.temperature <= 0:
         raise UserError("--temperature must be above 0: greedy rollouts of a question are all alike.")
     if cfg.gain == "logprob" and cfg.norm in ("joint", "centre") and cfg.credit == "igpo":
@@ -1537,11 +1466,16 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     return cfg, args
 
 
+def glossary() -> dict[str, str]:
+    """What each key of metrics.jsonl means, out of the README's table."""
+    return dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (HERE / "README.md").read_text(encoding="utf-8").split("\n## Metrics\n")[1], re.MULTILINE))
+
+
 def prepare(argv: list[str] | None) -> Config | int | None:
     """The configuration of a run whose folder may be made; or, if the command line asked for something else, its exit status when done."""
     cfg, args = parse_config(argv)
     if args.glossary:
-        return print("\n".join(f"{key:18} {text}" for key, text in METRICS.items()))
+        return print("\n".join(f"{key:18} {text}" for key, text in glossary().items()))
     if args.explain:
         from benchmarks.explain import explain      # here, since it imports this file
         return explain(cfg)

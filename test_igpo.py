@@ -45,17 +45,20 @@ import eval as evaluation
 import igpo
 import search_tool
 from benchmarks import check as checking
+from benchmarks import comparators
+from benchmarks.comparators import comparator_returns, gigpo_returns, stepsearch_rewards
 from eval import bootstrap, compare, cover_em, load_benchmark, measure, read_benchmark, summarise
-from igpo import (Config, Rollout, UserError, credit, exact_match, f1_score, finish, gigpo_returns, info_gains, outcome_reward,
-    parse_turn, policy_loss, rollout, score, stepsearch_rewards, turn_returns, turn_rewards)
+from igpo import (Config, Rollout, UserError, credit, exact_match, f1_score, finish, glossary, info_gains, outcome_reward, parse_turn,
+                  policy_loss, rollout, score, turn_returns, turn_rewards)
 from search_tool import (BM25, Passage, Results, SearchError, clean_query, clean_text, open_search, read_passages, tokenize)
 
 HERE = Path(igpo.__file__).resolve().parent
 
 
 def test_docstring_examples():
-    results = doctest.testmod(igpo)
-    assert results.attempted >= 9 and results.failed == 0
+    for module, examples in ((igpo, 7), (comparators, 3)):
+        results = doctest.testmod(module)
+        assert results.attempted >= examples and results.failed == 0
 
 
 # ---- Eq. 2: outcome --------------------------------------------------------------------------------------------------
@@ -137,15 +140,14 @@ def test_groups_that_are_refused(gains, outcomes, norm):
 
 
 def test_credit_variants():
-    gains, outcomes, states = [[1.0], [3.0]], [0.0, 1.0], [["", "a"], ["", "b"]]
+    gains, outcomes = [[1.0], [3.0]], [0.0, 1.0]
 
     def of(progress=0.0, **options):
-        return credit(gains, outcomes, states, Config(norm="separate", **options), progress)
+        return credit(gains, outcomes, Config(norm="separate", **options), progress)
     assert of(credit="grpo", gamma=0.5) == [[-1.0, -1.0], [1.0, 1.0]]
-    assert credit(gains, outcomes, states, Config(norm="centre", credit="grpo")) == [[-0.5, -0.5], [0.5, 0.5]]      # as it is for igpo
+    assert credit(gains, outcomes, Config(norm="centre", credit="grpo")) == [[-0.5, -0.5], [0.5, 0.5]]      # as it is for igpo
     assert of(credit="ig") == [[-1.0, 0.0], [1.0, 0.0]]
     assert of() == of(credit="stepsearch") == of(credit="reasonrag") == [[-2.0, -1.0], [2.0, 1.0]]      # the same Eq. 5-6, whatever the steps are
-    assert of(credit="gigpo") == [[-2.0, -1.0], [2.0, 1.0]]           # both start in "", and go on in states of their own
     start, end = (of(p, curriculum=True) for p in (0.0, 1.0))
     assert start == [[-1.5, -0.5], [1.5, 0.5]] and end == [[-1.5, -1.0], [1.5, 1.0]]    # gain 1 -> .5, outcome .5 -> 1
 
@@ -178,6 +180,26 @@ def test_gigpo_by_hand():
     assert gigpo_returns([["", ""], [""]], [1.0, 0.0], gamma=0.5)[0] == pytest.approx([1 + 0.0, 1 + 0.5 / math.sqrt(1 / 6)])
 
 
+def test_comparators_by_hand():
+    """Two questions of two rollouts each, as train_step() hands them over; the first rollout of each is right."""
+    def r(*found):
+        texts = {"a": "red fox", "b": "blue sea", "c": "tall tree"}
+        return Rollout([0], [1], [0], list(range(1, len(found) + 2)), retrieved=[[Passage(i, "", texts[i], 0.0)] for i in found])
+    rollouts, outcomes, asked = [r("a", "b"), r("c"), r("a"), r("a")], [1.0, 0.0, 1.0, 0.0], [{"supporting_texts": ["red fox", "blue sea"]}] * 4
+
+    def of(**options):
+        returns, tokens = comparator_returns(None, None, rollouts, asked, outcomes, None, Config(group=2, **options), 0.0)
+        assert tokens == 0
+        return returns
+    # the outcomes are +1 and -1 in both groups, and so are the starts, in a state that both share; {a} is shared in the second group alone
+    assert of(credit="gigpo") == [[2.0, 1.0, 1.0], [-2.0, -1.0], [2.0, 2.0], [-2.0, -2.0]]
+    # each of a and b adds half of the coverage. Centred per turn: 1/2 against 0, then nothing to compare with; outcomes are +1/2 and -1/2
+    assert of(credit="stepsearch", norm="centre") == [[0.75, 0.5, 0.5], [-0.75, -0.5], [0.5, 0.5], [-0.5, -0.5]]
+    # one pool: 1/2, 1/2, 0 have mean 1/3 and deviation 1/sqrt(18)
+    z = math.sqrt(2)
+    assert of(credit="stepsearch", norm="separate") == [pytest.approx([z + 1, z / 2 + 1, 1]), pytest.approx([-z - 1, -1]), [1.0, 1.0], [-1.0, -1.0]]
+
+
 def test_values_by_monte_carlo(demo):
     """Each value is the mean of F1 * 0.9^turns over rollouts that begin with the rollout up to that boundary."""
     model, tokenizer, search, questions, cfg = demo
@@ -191,7 +213,7 @@ def test_values_by_monte_carlo(demo):
         return finish(model, tokenizer, starts, search, cfg)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(igpo, "finish", watched)
-        values, tokens = igpo.mc_values(model, tokenizer, rollouts, asked, search, cfg)
+        values, tokens = comparators.mc_values(model, tokenizer, rollouts, asked, search, cfg)
     ends = iter(taken)
     generated = 0
     for r, q, vs in zip(rollouts, asked, values):
@@ -689,7 +711,7 @@ def test_a_run_leaves_what_the_readme_says(run):
     config, metrics, kept = json.loads((run / "config.json").read_text()), rows_of(run), rows_of(run, "rollouts.jsonl")
     assert set(config) == {f.name for f in fields(Config)} and config["lr"] == igpo.DEMO["lr"] and config["questions"] == 2
     assert [r["step"] for r in metrics] == [0, 1, 2, 3, 4] and ["eval_f1" in r for r in metrics] == [True, False, True, False, True]
-    assert set().union(*metrics) == set(igpo.METRICS)                              # every metric is explained, none only explained
+    assert set().union(*metrics) == set(glossary())                              # every metric is explained, none only explained
     for r in metrics[1:]:
         assert abs(r["ratio_start"] - 1) < 1e-4 and math.isfinite(r["loss"]) and r["skipped"] == 0
         assert r["stop_answer"] + r["stop_format"] + r["stop_length"] + r["stop_turns"] == pytest.approx(1)
@@ -715,7 +737,7 @@ def test_the_adapter_is_peft_s_own(run, demo):
     assert (before - tuned).abs().max() > 1e-4 and torch.allclose(tuned, merged, atol=1e-4)
 
 
-TIMES = {key for key in igpo.METRICS if key.startswith("seconds")} | {"peak_memory_mb"}
+TIMES = {key for key in glossary() if key.startswith("seconds")} | {"peak_memory_mb"}
 
 
 def same_run(a, b):
@@ -1052,8 +1074,7 @@ def test_readme_names_what_exists():
     faults = text.split("## What happens when ...")[1].split("\n## ")[0]
     named = re.findall(r"`(test_\w+)`", faults)
     assert set(named) <= tests and len(named) > 20
-    for key, meaning in igpo.METRICS.items():
-        assert f"| `{key}` | {meaning} |" in text
+    assert len(glossary()) > 30 and all(glossary().values())                       # test_a_run_leaves.. holds them against what a run writes
 
 
 # ---- faults: whatever happens, the run goes on as if nothing had ------------------------------------------------------
@@ -1093,7 +1114,7 @@ def files_that_fail_at(monkeypatch, model, at, error=Killed):
 
 def test_a_save_killed_at_every_file_operation(demo, tmp_path):
     """Twice in a row, at every pair of moments: one of the last whole checkpoints is always there, adapter and state of the same step."""
-    model, _, _, _, cfg = demo
+    model, *_ = demo
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     mark = next(p for n, p in model.named_parameters() if "lora_A" in n)
     kept = mark.detach().clone()
@@ -1103,7 +1124,7 @@ def test_a_save_killed_at_every_file_operation(demo, tmp_path):
             mark.fill_(step)
             count = files_that_fail_at(patch, model, at)
             with suppress(Killed):
-                igpo.save_checkpoint(out, model, igpo.snapshot(model, optimizer, step, 0), cfg, {})
+                igpo.save_checkpoint(out, model, igpo.snapshot(model, optimizer, step, 0), {})
         return count[0]
 
     def found(out):

@@ -17,7 +17,6 @@ import csv
 import json
 import math
 import os
-import random
 import statistics
 import sys
 from collections import defaultdict

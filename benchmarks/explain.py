@@ -13,10 +13,13 @@ import igpo
 def explain(cfg: igpo.Config) -> None:
     """Eq. 2-7 on one question and two of its rollouts, by the functions that train."""
     cfg = replace(cfg, group=max(cfg.group, 2))
-    question = igpo.load_train(cfg.train)[0]
+    questions = igpo.step_questions(igpo.load_train(cfg.train), 1, cfg)      # those of the first step
     search = igpo.open_run_search(cfg)
     model, tokenizer = igpo.load_model(cfg)
-    rollouts = igpo.rollout(model, tokenizer, [question], search, cfg)
+    rollouts = igpo.rollout(model, tokenizer, questions, search, cfg)
+    groups = [rollouts[i:i + cfg.group] for i in range(0, len(rollouts), cfg.group)]
+    spread = [igpo.std(igpo.outcome_reward(r, q["answers"], cfg.format_penalty) for r in g) for g, q in zip(groups, questions)]
+    question, rollouts = questions[spread.index(max(spread))], groups[spread.index(max(spread))]
     old, beliefs = igpo.score(model, tokenizer, rollouts, [question["answers"]] * len(rollouts), cfg)
     outcomes = [igpo.outcome_reward(r, question["answers"], cfg.format_penalty) for r in rollouts]
     gains = [igpo.info_gains(b, cfg.gain) for b in beliefs]
@@ -26,7 +29,7 @@ def explain(cfg: igpo.Config) -> None:
     two = [order[-1], order[0]]
     flat = [g for gs in gains for g in gs]
     print(f"Question: {question['question']}\nGold: {question['answers'][0]!r}, tokens {[tokenizer.decode(i) for i in igpo.encode_gold(tokenizer, question['answers'])]}\n"
-          f"A group of G = {len(rollouts)} rollouts (seed {cfg.seed}); the best and the worst of them are shown.\n"
+          f"Of the {len(questions)} questions of the first step (seed {cfg.seed}), the one whose outcomes differ most. Of its G = {len(rollouts)} rollouts the best and the worst are shown.\n"
           f"Policy text is shown [in brackets], forced text is not.\n")
     for name, i in zip("AB", two):
         r = rollouts[i]
@@ -47,20 +50,19 @@ def explain(cfg: igpo.Config) -> None:
                 print(f"    outcome (Eq. 2) = {outcomes[i]:+.3f};  normalised (Eq. 5) {rewards[i][t]:+.3f};  return (Eq. 6) {returns[i][t]:+.3f}")
         print()
     print(f"Over the group: gains {igpo.mean(flat):+.3f} ± {igpo.std(flat):.3f}, outcomes {igpo.mean(outcomes):+.3f} ± {igpo.std(outcomes):.3f} (norm = {cfg.norm}, gamma = {cfg.gamma}, credit = igpo)\n")
-    # A step on these two alone, so that the ratio has moved from 1: the loss is shown before it and after it.
-    pick = lambda values: [values[i] for i in two]
+    # An update on this group alone, so that the ratio has moved from 1: the loss is shown before it and after it.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr)
-    before = igpo.accumulate_gradient(model, pick(rollouts), pick(old), pick(old), pick(returns), cfg)
+    before = igpo.accumulate_gradient(model, rollouts, old, old, returns, cfg)
     optimizer.step()
-    new, _ = igpo.forward_scores(model, tokenizer, pick(rollouts), None, cfg)
-    print("Eq. 7 for the first policy tokens of each, after one update on these two (before it every ratio is 1 and every KL 0):")
+    new, _ = igpo.forward_scores(model, tokenizer, rollouts, None, cfg)
+    print("Eq. 7 for some policy tokens of each, after one update on this group (before it every ratio is 1 and every KL 0):")
     print("  rollout turn  token            log pi_old  log pi   ratio  clipped   return  surrogate   KL (k3)")
-    for name, i, logp in zip("AB", two, new):
-        own = [j for j, m in enumerate(rollouts[i].mask) if m]
-        for k in range(0, min(len(own), 12), 3):
+    for name, i in zip("AB", two):
+        own, logp = [j for j, m in enumerate(rollouts[i].mask) if m], new[i]
+        for k in sorted(sorted(range(len(own)), key=lambda k: old[i][k])[:5]):           # those the policy was least sure of
             R, ratio = returns[i][rollouts[i].turns[own[k]]], math.exp(logp[k] - old[i][k])
             clipped, d = min(max(ratio, 1 - cfg.clip), 1 + cfg.clip), (old[i][k] - logp[k]).item()
             print(f"  {name:>7} {rollouts[i].turns[own[k]] + 1:>4}  {tokenizer.decode(rollouts[i].ids[own[k]])!r:<16} {old[i][k]:>10.3f} {logp[k]:>7.3f} "
                   f"{ratio:>7.3f}  {clipped:>7.3f}  {R:>+7.3f}  {min(ratio * R, clipped * R):>+9.3f}  {math.exp(d) - d - 1:>8.5f}")
-    after = igpo.accumulate_gradient(model, pick(rollouts), pick(old), pick(old), pick(returns), cfg)
+    after = igpo.accumulate_gradient(model, rollouts, old, old, returns, cfg)
     print(f"  loss {before['loss']:+.4f} before the update, {after['loss']:+.4f} after; ratio farthest from 1: {before['ratio']:.6f} -> {after['ratio']:.3f}")

@@ -72,7 +72,7 @@ def qwen(shape: tuple, dtype: torch.dtype, checkpointing: bool = False, device: 
     with torch.device(device):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         if checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
+            lm.activation_checkpointing_enable({"use_reentrant": False})
         return get_peft_model(lm, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
 
 
@@ -150,12 +150,12 @@ def appended_beliefs(lm, rollouts: list[Rollout], probe: list[int], gold: int) -
     ids, probes = torch.tensor([r.ids for r in rollouts]), torch.tensor([probe] * len(rollouts))
     cache, at, beliefs = DynamicCache(config=lm.config), 0, []
     for boundary in rollouts[0].boundaries:
-        lm.base_model(input_ids=ids[:, at:boundary], past_key_values=cache, use_cache=True)
-        hidden, at = lm.base_model(input_ids=probes, past_key_values=cache, use_cache=True)[0], boundary
+        lm.base_model(input_ids=ids[:, at:boundary], cache=cache, use_cache=True)
+        hidden, at = lm.base_model(input_ids=probes, cache=cache, use_cache=True)[0], boundary
         beliefs.append(head_logps(lm, hidden[:, -gold - 1:-1], probes[:, -gold:]).mean(1).tolist())
         cache.crop(-len(probe))
     own = [j for j, m in enumerate(rollouts[0].mask) if m]
-    head_logps(lm, lm.base_model(input_ids=ids[:, at:], past_key_values=cache, use_cache=True)[0][:, :1].expand(-1, len(own), -1), ids[:, own])   # its price alone
+    head_logps(lm, lm.base_model(input_ids=ids[:, at:], cache=cache, use_cache=True)[0][:, :1].expand(-1, len(own), -1), ids[:, own])   # its price alone
     return [list(b) for b in zip(*beliefs)]
 
 
