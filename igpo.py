@@ -19,8 +19,9 @@ Where we depart from the paper on purpose (the README compares paper, official c
   1. The environment opens `<think>` at every turn, so that the belief is read under the very schema the policy answers in.
   2. The belief is that of the first gold alias, cut at 32 tokens; F1 takes the best alias.
   3. LoRA instead of full fine-tuning: the reference policy is the same model with its adapter switched off.
-  4. A rollout cut at max_turns, or by a broken format, keeps the gains of the turns before.
-  5. Gains are in probability, pooled per turn index, and neither they nor the outcomes are divided by their spread: see
+  4. Any rollout without an answer gets the format penalty (broken format, cut short, no turn left); it keeps the gains of the turns before.
+  5. The belief is read at the sampling temperature, and its probe ends with the gold's last token.
+  6. Gains are in probability, pooled per turn index, and neither they nor the outcomes are divided by their spread: see
      `turn_rewards`. The paper's own variants are --gain logprob --norm separate (v2) and --gain prob --norm joint (v1).
 
     python igpo.py                                        the embedded demo: offline, on a laptop
@@ -53,6 +54,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -106,13 +108,13 @@ class Config:
     max_failed_searches: float = option(0.5, "share of a step's searches that may fail before the run stops")
     format_penalty: float = option(-0.1, "outcome of a rollout that breaks the format (lambda_fmt, Eq. 2)")
     # credit
-    credit: str = option("igpo", "turn rewards: igpo, ig (gains only), grpo (outcome only), or of benchmarks/comparators.py: stepsearch (needs "
-                         "supporting passages), reasonrag, gigpo", choices=["igpo", "ig", "grpo", "stepsearch", "reasonrag", "gigpo"])
+    credit: str = option("igpo", "turn rewards: igpo, ig (gains only), grpo (outcome only; as published with --norm separate); or of "
+                         "benchmarks/comparators.py: stepsearch (needs supporting passages), reasonrag, gigpo (whatever --norm is)",
+                         choices=["igpo", "ig", "grpo", "stepsearch", "reasonrag", "gigpo"])
     mc_rollouts: int = option(4, "rollouts from each state for its value (--credit reasonrag)", 1)
     gain: str = option("prob", "information gain in log-probability (paper v2) or probability (v1)", choices=["logprob", "prob"])
-    norm: str = option("centre", "Eq. 5: separate (paper v2), joint (paper v1), turn (gains pooled per turn), centre (the same, and neither gains "
-                       "nor outcomes divided by their spread), scale (separate, gains not centred)",
-                       choices=["separate", "joint", "turn", "centre", "scale"])
+    norm: str = option("centre", "Eq. 5: separate (paper v2), joint (paper v1), turn (gains pooled per turn), centre (turn, without dividing by "
+                       "the std), scale (separate, gains not centred)", choices=["separate", "joint", "turn", "centre", "scale"])
     gamma: float = option(1.0, "discount over turns (Eq. 6)")
     curriculum: bool = option(False, "outcome weight .5 -> 1 and gain weight 1 -> .5 over training")
     belief: str = option("policy", "who is asked for the belief: policy, or reference (adapter off)", choices=["policy", "reference"])
@@ -122,7 +124,7 @@ class Config:
     minibatches: int = option(1, "optimizer updates per pass", 1)
     clip: float = option(0.2, "clip range of the ratio (epsilon, Eq. 7)", 0)
     kl_coef: float = option(0.001, "weight of the KL to the reference (beta, Eq. 7)")
-    max_grad_norm: float = option(1.0, "gradient norm is clipped to this", 0)
+    max_grad_norm: float = option(1.0, "gradient norm is clipped to this; 0: not", 0)
     lora_rank: int = option(16, "LoRA rank, on all linear layers", 1)
     lora_alpha: int = option(32, "LoRA scale is alpha / rank")
     # machine
@@ -133,7 +135,6 @@ class Config:
     # what is kept
     eval_every: int = option(10, "steps between evaluations on the dev questions; 0: never", 0)
     eval_questions: int = option(200, "dev questions used", 1)
-    save_every: int = option(1, "steps between checkpoints", 1)
     show_every: int = option(20, "steps between printed transcripts; 0: never", 0)
 
 
@@ -287,7 +288,7 @@ def encode_information(tokenizer, passages: list[Passage], error: str | None, ma
     if error:
         body = f"search failed: {clean_text(error, 200)}"
     else:
-        body = "\n".join(f"({i}) {clean_text(p.title, 200)}: {clean_text(p.text, 4000)}" for i, p in enumerate(passages, 1)) or "nothing found"
+        body = "\n".join(f"({i}) {clean_text(p.title, 200)}: {clean_text(p.text)}" for i, p in enumerate(passages, 1)) or "nothing found"
     return (encode(tokenizer, "\n<information>\n") + encode(tokenizer, body, data=True)[:max_tokens]
             + encode(tokenizer, "\n</information>\n<think>"))
 
@@ -344,6 +345,10 @@ def load_model(cfg: Config, adapter: str = ""):
                         "the safetensors and the tokenizer, or a .gguf file.") from None
     if getattr(lm.config, "sliding_window", None):  # within its window it is full attention: rollouts stay within it, and nothing slides
         lm.config.max_position_embeddings, lm.config.sliding_window = min(context_length(lm), lm.config.sliding_window), 10**9
+    for module in lm.modules():     # GPT-2 and others have dropout, with which the update would score other than score() does
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and (name.endswith("dropout") or (isinstance(module, torch.nn.Dropout) and name == "p")):
+                setattr(module, name, 0.0)
     refuse_what_cannot_be_scored(lm, cfg.model)
     if options and hasattr(lm, "hf_quantizer"):  # the weights are plain floats now; the label would make PEFT think otherwise
         del lm.hf_quantizer, lm.config.quantization_config
@@ -358,7 +363,7 @@ def load_model(cfg: Config, adapter: str = ""):
     folder = Path(adapter) if (Path(adapter) / "adapter_config.json").is_file() else find_checkpoint(Path(adapter))
     try:
         model = PeftModel.from_pretrained(lm.to(device), folder).eval()
-        loaded = model.load_adapter(folder, "default")      # again, for what it tells: layers that are missing or too many pass in silence
+        loaded = model.load_adapter(folder, "default")      # again: only this call reports missing or extra layers
         if loaded.missing_keys or loaded.unexpected_keys:
             raise ValueError("it has other layers")
         return model, tokenizer
@@ -415,12 +420,12 @@ def begin(tokenizer, question: str) -> Rollout:
 
 @torch.no_grad()
 def finish(model, tokenizer, rollouts: list[Rollout], search, cfg: Config) -> Iterator[Rollout]:
-    """Take each rollout, in place, from its last boundary to its end, and yield it when it is there. Nothing is done but by iterating.
+    """Take each rollout, in place, from its last boundary to its end. A generator: it yields each when it ends.
 
     cfg.rollout_batch are played at once, turn by turn, and one that ends makes room for the next. The KV cache lives across
     turns: only new text is read, and rows that ended leave the batch and the cache.
     """
-    lm, waiting, live, parts = unwrap(model), list(rollouts), [], []
+    lm, waiting, live, parts = unwrap(model), list(rollouts), [], []        # parts: of the cache, see join_caches
     pad, sampling = tokenizer.pad_token_id, sampling_config(lm, tokenizer, cfg)
     checkpoints_defaults, lm.generation_config = lm.generation_config, sampling
     try:
@@ -432,22 +437,23 @@ def finish(model, tokenizer, rollouts: list[Rollout], search, cfg: Config) -> It
             # A row is what the cache holds of it and what it does not, each padded on the left (mask 0; positions count the 1s).
             known = [n for _, held, rows in parts for n in held[rows].sum(1).tolist()]
             cache = join_caches(parts)
-            halves = ([r.ids[:n] for r, n in zip(live, known)], [r.ids[n:] for r, n in zip(live, known)])
-            ids, seen = (torch.cat(x, 1) for x in zip(*(left_pad(texts, pad, lm.device) for texts in halves)))
+            known_ids, known_mask = left_pad([r.ids[:n] for r, n in zip(live, known)], pad, lm.device)
+            new_ids, new_mask = left_pad([r.ids[n:] for r, n in zip(live, known)], pad, lm.device)
+            ids, mask = torch.cat([known_ids, new_ids], 1), torch.cat([known_mask, new_mask], 1)
             end = TurnEnd(tokenizer, ids.shape[1], len(live), set(sampling.eos_token_id))
-            out = lm.generate(ids, attention_mask=seen, cache=cache, generation_config=sampling,
-                              stopping_criteria=StoppingCriteriaList([end]))[:, ids.shape[1]:]
-            for r, new, length, done in zip(live, out.tolist(), end.length, end.done):
+            sampled = lm.generate(ids, attention_mask=mask, cache=cache, generation_config=sampling,
+                                  stopping_criteria=StoppingCriteriaList([end]))[:, ids.shape[1]:]
+            for r, new, length, done in zip(live, sampled.tolist(), end.length, end.done):
                 take_turn(r, new[:length], done, tokenizer, cfg)
             asking = [r for r in live if not r.stop]
             found = search.search_many([r.queries[-1] for r in asking], cfg.top_k) if asking else []
             for r, passages in zip(asking, found):
                 take_results(r, passages, context_length(lm), tokenizer, cfg)
-            written = torch.arange(out.shape[1], device=lm.device) < torch.tensor(end.length, device=lm.device)[:, None]
+            written = torch.arange(sampled.shape[1], device=lm.device) < torch.tensor(end.length, device=lm.device)[:, None]
             on = [row for row, r in enumerate(live) if not r.stop]
             ended, live = [r for r in live if r.stop], [live[row] for row in on]
             # The last token of the longest turn was not read: generate() had no need to.
-            held = torch.cat([seen, written.long()], 1)[:, :-1]
+            held = torch.cat([mask, written.long()], 1)[:, :-1]
             parts = [(cache, held, torch.tensor(on, device=lm.device))] if on else []
             del cache
             yield from ended
@@ -494,6 +500,12 @@ def take_results(r: Rollout, found: list[Passage], context: int, tokenizer, cfg:
         r.boundaries.append(len(r.ids))
 
 
+@lru_cache(maxsize=8)
+def closing_tokens(tokenizer) -> set[int]:
+    """The only tokens that can finish a tag: those with a > in them."""
+    return {i for token, i in tokenizer.get_vocab().items() if ">" in token}
+
+
 class TurnEnd(StoppingCriteria):
     """Ends a row at </search>, </answer> or the end-of-sequence token, and notes its length: padding is known by length."""
 
@@ -501,7 +513,7 @@ class TurnEnd(StoppingCriteria):
         self.tokenizer, self.start, self.eos = tokenizer, start, eos
         self.length = [0] * rows          # tokens written by the row, its stop token included
         self.done = [False] * rows
-        self.closers = {i for t, i in tokenizer.get_vocab().items() if ">" in t}   # only these can finish a tag
+        self.closers = closing_tokens(tokenizer)
 
     def __call__(self, input_ids, scores, **kwargs):
         width = input_ids.shape[1] - self.start
@@ -575,7 +587,7 @@ def join_caches(parts: list[tuple[Cache, torch.Tensor, torch.Tensor]]) -> Cache:
 HEAD_CHUNK = 256    # tokens that pass the LM head at once; of its logits four fp32 copies live at a time
 
 
-def token_logps(lm, rows: list[dict], temperature: float, chunk: int = HEAD_CHUNK) -> list[torch.Tensor]:
+def token_logps(lm, rows: list[dict], temperature: float) -> list[torch.Tensor]:
     """log pi of chosen tokens: the one function for policy, old policy, reference and belief.
 
     Each row is {"ids", "length", "positions", "limit", "targets"}; the token at index j of "targets" is predicted from the token
@@ -597,9 +609,9 @@ def token_logps(lm, rows: list[dict], temperature: float, chunk: int = HEAD_CHUN
     hidden = lm.base_model(input_ids=ids, cache=cache, use_cache=cache is not None)[0]    # no mask: none looks at padding on the right
     if cache is not None:       # the probes of all turns at once, on the rollout's keys and values
         mask = probe_mask(column([r["limit"] for r in rows]), ids.shape[1], lm.dtype)
-        asked = lm.base_model(input_ids=probes, position_ids=column([r["positions"] for r in rows]), attention_mask=mask,
-                              cache=cache, use_cache=True)[0]
-        hidden = torch.cat([hidden, asked], 1)
+        probe_hidden = lm.base_model(input_ids=probes, position_ids=column([r["positions"] for r in rows]), attention_mask=mask,
+                                     cache=cache, use_cache=True)[0]
+        hidden = torch.cat([hidden, probe_hidden], 1)
     places = [(b, j if j < r["length"] else j - r["length"] + ids.shape[1]) for b, r in enumerate(rows) for j in r["targets"]]
     b, j = torch.tensor(places, device=lm.device).T
     hidden, targets, head = hidden[b, j - 1], torch.cat([ids, probes], 1)[b, j], lm.get_output_embeddings()
@@ -608,7 +620,7 @@ def token_logps(lm, rows: list[dict], temperature: float, chunk: int = HEAD_CHUN
         logits = head(h).float() / (temperature or 1.0)
         return logits.gather(-1, t[:, None])[:, 0] - logits.logsumexp(-1)
     parts = [checkpoint(score_chunk, h, t, use_reentrant=False) if torch.is_grad_enabled() else score_chunk(h, t)
-             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+             for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
     return list(torch.cat(parts).split([len(r["targets"]) for r in rows]))
 
 
@@ -729,8 +741,8 @@ def answer_words(text: str, style: str = "paper") -> list[str]:
 def f1_score(prediction: str | None, golds: list[str] | str, style: str = "paper") -> float:
     """Word F1 with the best gold alias, 0..1 (Eq. 2). paper: sets of words, as the authors score; squad: multisets.
 
-    >>> f1_score("the red red fox", ["red fox"]), f1_score("the red red fox", ["red fox"], "squad")
-    (0.8, 0.8)
+    >>> f1_score("no no no", ["no"]), f1_score("no no no", ["no"], "squad")
+    (1.0, 0.5)
     """
     best = 0.0
     for gold in [golds] if isinstance(golds, str) else golds:
@@ -811,20 +823,19 @@ def turn_rewards(gains: list[list[float]], outcomes: list[float], norm: str = "s
         raise ValueError(f"{len(gains)} lists of gains for {len(outcomes)} outcomes")
     if not all(map(math.isfinite, [*outcomes, *(g for gs in gains for g in gs)])):
         raise ValueError("a gain or an outcome is not finite")
-    flat = [g for gs in gains for g in gs]
-    if norm == "joint":
-        pooled = normalise(flat + outcomes)
-        flat, outcomes = pooled[:len(flat)], pooled[len(flat):]
-    elif norm in ("turn", "centre"):
-        pools = ([gs[t] for gs in gains if len(gs) > t] for t in range(max(map(len, gains))))
-        columns = [iter(normalise(pool, scale=norm == "turn")) for pool in pools]
-        flat, outcomes = [next(columns[t]) for gs in gains for t in range(len(gs))], normalise(outcomes, scale=norm == "turn")
-    elif norm in ("separate", "scale"):
-        flat, outcomes = normalise(flat, centre=norm == "separate"), normalise(outcomes)
-    else:
+    if norm not in ("separate", "joint", "turn", "centre", "scale"):
         raise ValueError(f"norm {norm!r} is none of separate, joint, turn, centre, scale")
-    flat = iter(flat)
-    return [[gain_weight * next(flat) for _ in gs] + [outcome_weight * o] for gs, o in zip(gains, outcomes)]
+    pools: dict = {}           # what is normalised together: (rollout, turn, reward)
+    for i, (gs, outcome) in enumerate(zip(gains, outcomes)):
+        for t, g in enumerate(gs):
+            pools.setdefault("all" if norm == "joint" else t if norm in ("turn", "centre") else "gains", []).append((i, t, g))
+        pools.setdefault("all" if norm == "joint" else "outcomes", []).append((i, len(gs), outcome))
+    rewards = [[0.0] * (len(gs) + 1) for gs in gains]
+    for name, pool in pools.items():
+        normalised = normalise([r for _, _, r in pool], centre=norm != "scale" or name == "outcomes", scale=norm != "centre")
+        for (i, t, _), r in zip(pool, normalised):
+            rewards[i][t] = r * (outcome_weight if t == len(gains[i]) else gain_weight)
+    return rewards
 
 
 def turn_returns(gains: list[list[float]], outcomes: list[float], gamma: float = 1.0, norm: str = "separate",
@@ -916,7 +927,7 @@ def farthest(ratios: list[float]) -> float:
 
 
 def join_processes() -> None:
-    """Meet the other processes of torchrun, each with a GPU of its own if there are any. Objects go through gloo, gradients through NCCL."""
+    """Meet the other processes of torchrun, each with a GPU of its own if there are any: objects by gloo, gradients by NCCL."""
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -946,13 +957,11 @@ def average_gradient(parameters: list, rollouts: int, loss: float) -> float:
     """From gradients of the mean loss over this process's rollouts make those of the mean over all; returns that mean."""
     if process()[1] == 1:
         return loss
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters] + [parameters[0].new_tensor([loss, 1.0])]
-    total = rollouts * torch.cat([part.flatten() for part in parts])
-    dist.all_reduce(total)
-    *gradients, rest = (total / total[-1]).split([part.numel() for part in parts])
-    for p, g in zip(parameters, gradients):
-        p.grad = g.view_as(p)
-    return rest[0].item()
+    total = sum(gathered([rollouts]))
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad * (rollouts / total)
+        dist.all_reduce(p.grad)
+    return sum(gathered([loss * rollouts])) / total
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -978,19 +987,19 @@ class MeteredSearch:
         return results
 
 
-def record(tokenizer, rollout: Rollout, question: dict, beliefs: list[float], returns=None, step=None, gain: str = "logprob") -> dict:
+def record(tokenizer, rollout: Rollout, question: dict, beliefs: list[float], gain: str, returns: list[float] | None = None) -> dict:
     """A rollout as a line of rollouts.jsonl: what a person wants to read, turn by turn."""
     gains = info_gains(beliefs, gain)
     turns = []
     for t in range(len(rollout.boundaries)):
         text = tokenizer.decode([i for i, m, turn in zip(rollout.ids, rollout.mask, rollout.turns) if m and turn == t])
-        asked = t < len(rollout.queries)
-        error = rollout.errors[t] if asked else None
-        turns.append({"text": text, "query": rollout.queries[t] if asked else None, "error": error or None,
-                      "passages": [{k: getattr(p, k) for k in ("id", "title", "text", "score")} for p in rollout.retrieved[t]] if asked else [],
+        searched = t < len(rollout.queries)
+        passages = rollout.retrieved[t] if searched else []
+        turns.append({"text": text, "query": rollout.queries[t] if searched else None, "error": (searched and rollout.errors[t]) or None,
+                      "passages": [{k: getattr(p, k) for k in ("id", "title", "text", "score")} for p in passages],
                       "gain": gains[t] if t < len(gains) else None, "return": returns[t] if returns else None})
     kept = {k: question[k] for k in ("id", "question", "answers", "supporting", "hops") if k in question}
-    return {"step": step, **kept, "stop": rollout.stop, "answer": rollout.answer, "f1": f1_score(rollout.answer, question["answers"]),
+    return {**kept, "stop": rollout.stop, "answer": rollout.answer, "f1": f1_score(rollout.answer, question["answers"]),
             "em": exact_match(rollout.answer, question["answers"]), "beliefs": beliefs, "policy_tokens": sum(rollout.mask), "turns": turns}
 
 
@@ -1012,7 +1021,7 @@ def transcript(row: dict) -> str:
 
 
 def evaluate(model, tokenizer, questions: list[dict], search, cfg: Config) -> dict:
-    """Greedy rollouts, one a question: mean F1, exact match and turns; no figures, and a line that says so, if the search is down."""
+    """Greedy evaluation: mean F1, exact match and turns. Returns {} and prints a line if too many searches failed."""
     rollouts = gathered(rollout(model, tokenizer, share(questions), search, replace(cfg, group=1, temperature=0.0)))
     errors = [e for r in rollouts for e in r.errors]
     if sum(map(bool, errors)) > cfg.max_failed_searches * len(errors):
@@ -1069,12 +1078,12 @@ def train_step(model, tokenizer, optimizer, questions: list[dict], search: Meter
     totals = gathered([t for t in totals if not t["skipped"]])
     rollouts, asked, beliefs, outcomes, gains, returns = zip(*gathered(list(zip(rollouts, asked, beliefs, outcomes, gains, returns))))
     searches, failed, extra_tokens = map(sum, zip(*gathered([(search.queries, search.failed, extra_tokens)])))
-    row = {**rollout_metrics(rollouts, asked, beliefs, outcomes, gains, returns, cfg), **update_metrics(totals),
+    row = {**rollout_metrics(rollouts, asked, beliefs, outcomes, gains, returns, cfg), **update_metrics(totals, cfg),
            "ratio_start": farthest(ratios) if ratios else None, "skipped": skipped, "searches": searches, "failed_searches": failed,
            "seconds": updated - began, "seconds_rollout": played - began - searching, "seconds_search": search.seconds, "seconds_score": scored - played,
            "seconds_credit": credited - scored, "seconds_update": updated - credited, "peak_memory_mb": peak_memory_mb()}
     row["generated_tokens"] = row["policy_tokens"] + extra_tokens
-    return row, [record(tokenizer, r, q, b, R, gain=cfg.gain) for r, q, b, R in zip(rollouts, asked, beliefs, returns)]
+    return row, [record(tokenizer, r, q, b, cfg.gain, R) for r, q, b, R in zip(rollouts, asked, beliefs, returns)]
 
 
 def update(model, optimizer, rollouts, old, ref, returns, cfg: Config) -> list[dict]:
@@ -1089,7 +1098,7 @@ def update(model, optimizer, rollouts, old, ref, returns, cfg: Config) -> list[d
             optimizer.zero_grad(set_to_none=True)
             total = accumulate_gradient(model, pick(rollouts), pick(old), pick(ref), pick(returns), cfg)
             total["loss"] = average_gradient(parameters, len(part), total["loss"])
-            total["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
+            total["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm or math.inf).item()
             total["skipped"] = not (math.isfinite(total["loss"]) and math.isfinite(total["grad_norm"]))
             if not total["skipped"]:
                 optimizer.step()
@@ -1104,7 +1113,8 @@ def rollout_metrics(rollouts, asked, beliefs, outcomes, gains, returns, cfg: Con
     groups = [slice(i, i + cfg.group) for i in range(0, len(rollouts), cfg.group)]
     flat = [g for gs in gains for g in gs]
     silent = [std(outcomes[g]) <= STD_FLOOR for g in groups]
-    silent_gains = [std(x for gs in gains[g] for x in gs) <= STD_FLOOR for g in groups]
+    finite = all(map(math.isfinite, flat))
+    all_silent = [not any(map(any, turn_rewards(gains[g], outcomes[g], cfg.norm))) if finite else quiet for g, quiet in zip(groups, silent)]
     return {
         "outcome_f1": mean(f1_score(r.answer, q["answers"]) for r, q in zip(rollouts, asked)),
         "outcome_em": mean(exact_match(r.answer, q["answers"]) for r, q in zip(rollouts, asked)), "outcome_reward": mean(outcomes),
@@ -1112,14 +1122,14 @@ def rollout_metrics(rollouts, asked, beliefs, outcomes, gains, returns, cfg: Con
         "gain_mean": mean(flat), "gain_std": std(flat), "gain_positive": mean(g > 0 for g in flat),
         "return_std": std(R[t] for r, R in zip(rollouts, returns) for t in r.policy_turns), "turns": mean(len(b) for b in beliefs),
         **{f"stop_{why}": mean(r.stop == why for r in rollouts) for why in ("answer", "format", "length", "turns")},
-        "no_signal_outcome": mean(silent), "no_signal_igpo": mean(a and b for a, b in zip(silent, silent_gains)),
+        "no_signal_outcome": mean(silent), "no_signal_igpo": mean(all_silent),
         "policy_tokens": sum(sum(r.mask) for r in rollouts)}
 
 
-def update_metrics(totals: list[dict]) -> dict:
+def update_metrics(totals: list[dict], cfg: Config) -> dict:
     """What the glossary tells of a step's updates."""
     per_token = lambda key: sum(t[key] for t in totals) / (sum(t["tokens"] for t in totals) or 1)
-    return {"clip_fraction": per_token("clipped"), "kl": per_token("kl"), "entropy": per_token("entropy"),
+    return {"clip_fraction": per_token("clipped"), "kl": per_token("kl") if cfg.kl_coef else None, "entropy": per_token("entropy"),
             "loss": mean(t["loss"] for t in totals), "grad_norm": mean(t["grad_norm"] for t in totals)}
 
 
@@ -1140,7 +1150,7 @@ def memory_card(model, cfg: Config) -> dict[str, int]:
     N, W = max(cfg.batch_tokens, T), 40 * H + (4 + 3 * s) * I       # W: bytes that a token leaves in a layer for the backward
     kept, again = (H * s, W) if cfg.gradient_checkpointing else (W, 0)
     size = {on: sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad == on) for on in (True, False)}
-    card = {"weights": size[False], "adapter": 7 * size[True],      # LoRA, gradient, two moments of AdamW, a copy of all but the gradient
+    card = {"weights": size[False], "adapter": 4 * size[True],      # LoRA, its gradient, two moments of AdamW
             "rollouts": cfg.rollout_batch * (2 * L * D * s * T + 16 * I * cfg.max_info_tokens),
             "update": L * N * kept + max(N * (8 * (H + I) + again), 16 * HEAD_CHUNK * V)}
     return {**card, "peak": card["weights"] + card["adapter"] + max(card["rollouts"], card["update"])}
@@ -1152,7 +1162,7 @@ def device_memory() -> int:
 
 
 def fit(model, cfg: Config) -> Config:
-    """cfg with rollout_batch and batch_tokens halved until memory_card() stays within nine tenths of the device, as far as that helps."""
+    """cfg with rollout_batch and batch_tokens halved until the estimate is within nine tenths of the device, as far as that helps."""
     card = memory_card(model, cfg)
     while card["peak"] > 0.9 * device_memory():
         name = "rollout_batch" if card["rollouts"] > card["update"] else "batch_tokens"
@@ -1181,10 +1191,11 @@ def train(cfg: Config) -> Path:
     questions, dev = load_train(cfg.train), load_questions(locate(cfg.dev))[:cfg.eval_questions]
     search = MeteredSearch(open_run_search(cfg))
     model, tokenizer = load_model(cfg)
-    cfg, asked = fit(model, cfg), cfg
+    cfg, requested = fit(model, cfg), cfg
     if not rank:
         gathered([])
-    check_data(tokenizer, questions, model, cfg)
+    for path, rows in ((cfg.train, questions), (cfg.dev, dev)):
+        check_data(tokenizer, rows, path, model, cfg)
     if cfg.credit == "stepsearch":
         from benchmarks.comparators import with_supporting_texts      # here, since it imports this file
         questions = with_supporting_texts(questions, cfg)
@@ -1198,13 +1209,14 @@ def train(cfg: Config) -> Path:
         if any(path.is_symlink() for path in out.rglob("*")):
             raise UserError(f"{out}: there is a link in it. A run makes none, and a stranger's may lead to any file, so nothing is written.")
     opened = lambda name: open(os.devnull, "a", encoding="utf-8") if rank else open_alone(out / name)    # the first process writes for all
-    with opened("metrics.jsonl") as metrics, opened("rollouts.jsonl") as kept:
+    with opened("metrics.jsonl") as metrics, opened("rollouts.jsonl") as rollouts:
         if cfg.resume:
             done, skipped = load_checkpoint(out, model, optimizer, data)
         if not rank:
-            for folder in () if cfg.resume else out.glob("checkpoint*"):                    # --overwrite: first what could be resumed
-                shutil.rmtree(folder)
-            for file in (metrics, kept):
+            if not cfg.resume:
+                for folder in out.glob("checkpoint*"):                                      # --overwrite: first what could be resumed
+                    shutil.rmtree(folder)
+            for file in (metrics, rollouts):
                 cut_log(file, done)
             write_whole(out / "config.json", json.dumps(asdict(replace(cfg, resume="", out=str(out))), indent=1) + "\n")
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -1212,8 +1224,8 @@ def train(cfg: Config) -> Path:
               f"{model.dtype} on {model.device.type}. {len(questions)} questions, {cfg.questions} x {cfg.group} rollouts a step, "
               f"steps {done + 1} to {cfg.steps}. Results go to {out}.\n{memory_line(model, cfg)}", flush=True)
         for name in ("rollout_batch", "batch_tokens"):
-            if getattr(cfg, name) < getattr(asked, name):
-                print(f"note: --{name} lowered from {getattr(asked, name)} to {getattr(cfg, name)}, to fit the memory")
+            if getattr(cfg, name) < getattr(requested, name):
+                print(f"note: --{name} lowered from {getattr(requested, name)} to {getattr(cfg, name)}, to fit the memory")
 
         def log(file, row):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -1221,14 +1233,14 @@ def train(cfg: Config) -> Path:
 
         def save():
             if not rank:
-                save_checkpoint(out, model, whole, data)
+                save_checkpoint(out, model, optimizer, {"step": done, "skipped": skipped, "data": data})
 
         def stop(number, frame):
             signal.signal(number, signal.SIG_IGN)      # once is enough: what follows is the saving
             raise KeyboardInterrupt
-        whole, saved = snapshot(model, optimizer, done, skipped), done                      # as of the last whole step
         if not cfg.resume:
             save()                                                                          # a disk that cannot be written shows now
+        saved = done
         bar = tqdm(total=cfg.steps, initial=done, unit="step", dynamic_ncols=True, disable=bool(rank) or None)
         handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -1242,8 +1254,8 @@ def train(cfg: Config) -> Path:
                 torch.manual_seed(random.Random(f"{cfg.seed}-{step}-{rank}").getrandbits(63))     # a resumed run goes on as it would have
                 ours, progress = share(step_questions(questions, step, cfg)), (step - 1) / max(cfg.steps - 1, 1)
                 row, records = train_step(model, tokenizer, optimizer, ours, search, cfg, progress)
-                row = {"step": step, **row, "skipped": whole["skipped"] + row["skipped"]}
-                if row["skipped"] > whole["skipped"]:
+                row = {"step": step, **row, "skipped": skipped + row["skipped"]}
+                if row["skipped"] > skipped:
                     bar.write(f"step {step}: a belief, the loss or the gradient was not finite; {row['skipped']} updates skipped so far")
                 failed = row["failed_searches"]
                 too_many = failed > cfg.max_failed_searches * row["searches"]
@@ -1251,11 +1263,10 @@ def train(cfg: Config) -> Path:
                     row.update(evaluate(model, tokenizer, dev, search, cfg))
                 log(metrics, row)
                 for r in records:
-                    log(kept, {**r, "step": step})
-                whole = snapshot(model, optimizer, step, row["skipped"])
-                if step % cfg.save_every == 0 or step == cfg.steps or too_many:
-                    save()
-                    saved = step
+                    log(rollouts, {"step": step, **r})
+                done, skipped = step, row["skipped"]
+                save()
+                saved = done
                 bar.update()
                 bar.write(summary(row))
                 if cfg.show_every and step % cfg.show_every == 0:
@@ -1266,14 +1277,13 @@ def train(cfg: Config) -> Path:
         except BaseException as e:      # with torchrun an error elsewhere comes as a broken connection, or as SIGTERM
             for s in handlers:
                 signal.signal(s, signal.SIG_IGN)
-            if saved != whole["step"]:
-                restore(model, optimizer, whole)
+            if saved != done:       # it came during save()
                 save()
             interrupted = isinstance(e, KeyboardInterrupt)
-            bar.write(f"{'interrupted' if interrupted else 'stopped by an error'}; step {whole['step']} is saved. "
+            bar.write(f"{'interrupted' if interrupted else 'stopped by an error'}; step {done} is saved. "
                       f"Go on with: python igpo.py --resume {out}")
             if out_of_memory(e):
-                raise UserError(f"step {whole['step'] + 1}: out of memory. With less at a time: --resume {out} "
+                raise UserError(f"step {done + 1}: out of memory. With less at a time: --resume {out} "
                                 f"--rollout_batch {max(cfg.rollout_batch // 2, 1)}") from None
             if not interrupted:
                 raise
@@ -1288,7 +1298,7 @@ def summary(row: dict) -> str:
     """A step in one line."""
     text = (f"step {row['step']:>4}  F1 {row['outcome_f1']:.2f}  turns {row['turns']:.1f}  belief {row['belief_first']:+.2f} -> "
             f"{row['belief_last']:+.2f}  gain {row['gain_mean']:+.2f} ± {row['gain_std']:.2f}  no signal {row['no_signal_outcome']:.0%} -> "
-            f"{row['no_signal_igpo']:.0%}  KL {row['kl']:.3f}  {row['seconds']:.1f} s")
+            f"{row['no_signal_igpo']:.0%}" + ("" if row["kl"] is None else f"  KL {row['kl']:.3f}") + f"  {row['seconds']:.1f} s")
     failed = f"  {row['failed_searches']} searches failed" if row["failed_searches"] else ""
     return text + failed + (f"  dev F1 {row['eval_f1']:.3f}, EM {row['eval_em']:.3f}" if "eval_f1" in row else "")
 
@@ -1323,29 +1333,17 @@ def cut_log(file, done: int) -> None:
         raise UserError(f"{file.name}: damaged ({first_line(e)}). Delete the lines from there on, then --resume again.") from None
 
 
-def snapshot(model, optimizer, step: int, skipped: int) -> dict:
-    """All that training changes, in memory: adapter, optimizer and step, which gives the questions and the random numbers too."""
-    state = optimizer.state_dict()
-    return {"step": step, "skipped": skipped, "adapter": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad},
-            "optimizer": {**state, "state": {i: {k: v.clone() for k, v in s.items()} for i, s in state["state"].items()}}}
+def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
+    """out/checkpoint: the adapter in PEFT's format, and all that training changes in state.pt. A new folder takes the old one's place, whole.
 
-
-@torch.no_grad()
-def restore(model, optimizer, state: dict) -> None:
-    """Undo everything since snapshot()."""
-    parameters = dict(model.named_parameters())
-    for name, value in state["adapter"].items():
-        parameters[name].copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-
-
-def save_checkpoint(out: Path, model, state: dict, data: dict) -> None:
-    """out/checkpoint: the adapter in PEFT's format, and state.pt. A new folder takes the old one's place, whole."""
+    The step among it gives the place in the data and all random numbers.
+    """
     new, now, old = (out / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
     shutil.rmtree(new, ignore_errors=True)
     try:
-        model.save_pretrained(new)
-        torch.save({**state, "data": data}, new / "state.pt")
+        model.save_pretrained(new, save_embedding_layers=False)     # "auto" would ask the hub, at every step
+        adapter = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        torch.save({**state, "adapter": adapter, "optimizer": optimizer.state_dict()}, new / "state.pt")
         if now.exists():
             shutil.rmtree(old, ignore_errors=True)
             now.rename(old)
@@ -1369,7 +1367,11 @@ def load_checkpoint(out: Path, model, optimizer, data: dict) -> tuple[int, int]:
     folder = find_checkpoint(out)
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        restore(model, optimizer, state)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in state["adapter"].items():
+                parameters[name].copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
         step, skipped, before = int(state["step"]), int(state["skipped"]), dict(state["data"])
     except Exception as e:
         raise UserError(f"{folder}: cannot be read ({first_line(e)}): damaged, or of another model or LoRA rank.") from None
@@ -1386,19 +1388,20 @@ def open_run_search(cfg: Config):
     return open_search("bm25:" + locate(cfg.search[5:]) if cfg.search.startswith("bm25:") else cfg.search, cache=cfg.search_cache)
 
 
-def check_data(tokenizer, questions: list[dict], model, cfg: Config) -> None:
+def check_data(tokenizer, questions: list[dict], path: str, model, cfg: Config) -> None:
     """Questions must leave room for a turn; long golds are counted and said."""
-    context = context_length(unwrap(model))
+    context, long = context_length(unwrap(model)), 0
     for q in questions:
         length = len(encode_prompt(tokenizer, q["question"])) + cfg.max_new_tokens + MAX_GOLD_TOKENS
         if length > context:
-            raise UserError(f"{cfg.train}, question {q['id']}: prompt and one turn need {length} tokens, the model's context is {context}. Shorten it or leave it out.")
-    long = sum(len(encode(tokenizer, q["answers"][0], data=True)) > MAX_GOLD_TOKENS for q in questions)
+            raise UserError(f"{path}, question {q['id']}: prompt and one turn need {length} tokens, the model's context is {context}. "
+                            "Shorten it or leave it out.")
+        long += len(encode(tokenizer, q["answers"][0], data=True)) > MAX_GOLD_TOKENS
     if long:
-        print(f"{long} of {len(questions)} gold answers are longer than {MAX_GOLD_TOKENS} tokens: the belief is read on their first {MAX_GOLD_TOKENS}.")
+        print(f"{path}: {long} of {len(questions)} gold answers are longer than {MAX_GOLD_TOKENS} tokens: the belief is read on their first ones.")
 
 
-RESUME_MAY_CHANGE = {"resume", "steps", "eval_every", "save_every", "show_every",      # all else would make it another run
+RESUME_MAY_CHANGE = {"resume", "steps", "eval_every", "show_every",                    # all else would make it another run
                      "rollout_batch", "batch_tokens", "gradient_checkpointing"}           # what the memory allows
 
 
@@ -1436,21 +1439,23 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
                             **kind, **{k: v for k, v in f.metadata.items() if k == "choices"})
     parser.add_argument("--overwrite", action="store_true", help="start anew in a run folder that exists: its logs and checkpoint are deleted")
     parser.add_argument("--explain", action="store_true", help="walk through Eq. 2-7 on one question, then stop")
-    parser.add_argument("--check", action="store_true", help="try model, data and search before training: a table of checks, then stop; exit status 1 if one fails")
+    parser.add_argument("--check", action="store_true", help="try model, data and search before training, then stop; exit status 1 if a check fails")
     parser.add_argument("--glossary", action="store_true", help="explain every metric, then stop")
     parser.error = lambda message: parser.exit(2, f"igpo: {' '.join(message.split())}; --help lists the options\n")
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     if given.get("resume"):
         cfg = read_config(given["resume"])
-        changed = [k for k, v in given.items() if k not in RESUME_MAY_CHANGE and getattr(cfg, k) != v]
+        fixed = set(vars(cfg)) - RESUME_MAY_CHANGE | ({"steps"} if cfg.curriculum else set())
+        changed = [k for k, v in given.items() if k in fixed and getattr(cfg, k) != v]
         if changed:
-            raise UserError(f"--resume: this run was started with --{changed[0]} {getattr(cfg, changed[0])}. Leave the option out, or start a new run.")
+            raise UserError(f"--resume: this run was started with --{changed[0]} {getattr(cfg, changed[0])}. "
+                            "Leave the option out, or start a new run.")
         cfg = replace(cfg, **given)
     else:
         cfg = Config(**{**(DEMO if not given.get("model") else {}), **given})
-        if ("train" in given) != ("search" in given):
-            print(f"note: --train is {cfg.train} and --search is {cfg.search}; do they belong together?")
+        if 0 < len({"train", "dev", "search"} & set(given)) < 3:
+            print(f"note: --train is {cfg.train}, --dev is {cfg.dev} and --search is {cfg.search}; do they belong together?")
         name = f"runs/{Path(cfg.model).stem}-{cfg.credit}-seed{cfg.seed}"
         n = 1
         while not cfg.out and Path(name if n == 1 else f"{name}-{n}").exists() and not args.overwrite:
@@ -1459,16 +1464,20 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     check_bounds(cfg)
     if cfg.questions < process()[1]:
         raise UserError(f"--questions must be at least {process()[1]}: each process plays whole groups of its own.")
+    if cfg.minibatches > cfg.questions // process()[1] * cfg.group:
+        raise UserError(f"--minibatches {cfg.minibatches}: there are {cfg.questions // process()[1] * cfg.group} rollouts to divide.")
     if cfg.temperature <= 0:
         raise UserError("--temperature must be above 0: greedy rollouts of a question are all alike.")
     if cfg.gain == "logprob" and cfg.norm in ("joint", "centre") and cfg.credit == "igpo":
-        print(f"warning: --gain logprob with --norm {cfg.norm} weighs nats against F1; the paper's v2 is --gain logprob --norm separate, its v1 --gain prob --norm joint.")
+        print(f"warning: --gain logprob with --norm {cfg.norm} weighs nats against F1; the paper's v2 is --gain logprob --norm separate, "
+              "its v1 --gain prob --norm joint.")
     return cfg, args
 
 
 def glossary() -> dict[str, str]:
     """What each key of metrics.jsonl means, out of the README's table."""
-    return dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (HERE / "README.md").read_text(encoding="utf-8").split("\n## Metrics\n")[1], re.MULTILINE))
+    section = (HERE / "README.md").read_text(encoding="utf-8").split("\n## Metrics\n")[1]
+    return dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE))
 
 
 def prepare(argv: list[str] | None) -> Config | int | None:

@@ -586,10 +586,10 @@ def test_memory_card_by_hand(capsys):
     card = igpo.memory_card(model, cfg)
     # q 64 + 8, k and v 32 + 4 each, o 64, MLP 3 * 128, norms 16: 608 a layer; words 80, last norm 8
     assert card["weights"] == 4 * (2 * 608 + 80 + 8)
-    assert card["adapter"] == 7 * 4 * 2 * (16 + 12 + 12 + 16 + 24 + 24 + 24)
+    assert card["adapter"] == 4 * 4 * 2 * (16 + 12 + 12 + 16 + 24 + 24 + 24)
     assert card["rollouts"] == 3 * (2 * 2 * 4 * 4 * 100 + 16 * 16 * 20)
     assert card["update"] == 2 * 100 * 576 + 16 * 256 * 10                         # W = 320 + 16 * 16 = 576; the head's 40,960 is more than 100 * 8 * 24
-    assert card["peak"] == 5216 + 7168 + 115_200 + 40_960
+    assert card["peak"] == 5216 + 4096 + 115_200 + 40_960
     again = igpo.memory_card(model, replace(cfg, gradient_checkpointing=True))
     assert again["update"] == 2 * 100 * 8 * 4 + 100 * (8 * 24 + 576)
     said = igpo.memory_line(model, replace(cfg, rollout_batch=10**9))
@@ -673,6 +673,18 @@ def test_other_models_are_sampled_and_scored_alike(kind, demo, tmp_path, monkeyp
     check_exact(model, tokenizer, sampled, [["Tavo Velmar"]] * len(sampled), cfg)
 
 
+@pytest.mark.parametrize("kind, changes", [("gpt2", {}), ("qwen2", dict(attention_dropout=0.5))])     # GPT-2 comes with dropouts of 0.1
+def test_dropout_of_the_base_is_off_in_the_update(kind, changes, demo, tmp_path):
+    _, _, search, questions, cfg = demo
+    model, tokenizer = igpo.load_model(replace(cfg, model=tiny_model(tmp_path, kind, **changes)))
+    rollouts = rollout(model, tokenizer, questions[:1], search, cfg)
+    old, beliefs = score(model, tokenizer, rollouts, [q["answers"] for q in questions[:1] for _ in range(cfg.group)], cfg)
+    model.train()
+    _, stats = gradients(model, rollouts, old, old, [[1.0] * len(b) for b in beliefs], cfg)
+    model.eval()
+    assert abs(stats["ratio"] - 1) < 1e-4
+
+
 @pytest.mark.parametrize("kind, changes", [("granite", dict(logits_scaling=3.0)), ("cohere", dict(logit_scale=0.5)), ("gemma3_text", dict(final_logit_softcapping=3.0))])
 def test_models_that_change_their_logits_after_the_head_are_refused(kind, changes, tmp_path):
     with pytest.raises(UserError, match="scales or caps its logits"):
@@ -749,7 +761,7 @@ def same_run(a, b):
 
 def test_resumed_equals_uninterrupted(run, tmp_path):
     out = tmp_path / "broken"
-    assert igpo.main([*SMALL, "--steps", "4", "--out", str(out), "--save_every", "1"]) == 0
+    assert igpo.main([*SMALL, "--steps", "4", "--out", str(out)]) == 0
     same_run(run, out)                                                              # the same seed is the same run
     out = tmp_path / "resumed"
     assert igpo.main([*SMALL, "--steps", "2", "--out", str(out)]) == 0
@@ -762,7 +774,7 @@ def test_resumed_equals_uninterrupted(run, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on(run, tmp_path, number):
     out = tmp_path / "cut"
-    child = subprocess.Popen([sys.executable, HERE / "igpo.py", *SMALL, "--steps", "4", "--out", out, "--save_every", "100"], stdout=subprocess.PIPE, text=True,
+    child = subprocess.Popen([sys.executable, HERE / "igpo.py", *SMALL, "--steps", "4", "--out", out], stdout=subprocess.PIPE, text=True,
                              env={**os.environ, "PYTHONIOENCODING": "ascii"})     # a terminal that has no ±
     for line in child.stdout:
         if line.startswith("step    1"):
@@ -799,6 +811,24 @@ def test_not_finite_is_skipped_counted_and_said(tmp_path, monkeypatch, capsys):
     assert [r["skipped"] for r in metrics[1:]] == [1, 1] and metrics[1]["kl"] == metrics[2]["kl"] == 0    # the weights did not move in step 1
     assert "not finite" in capsys.readouterr().out
     assert all(torch.isfinite(v).all() for v in adapter_of(tmp_path / "x").values())
+
+
+def test_what_a_group_can_teach_is_counted_after_normalising():
+    """Two rollouts that earn the same at each turn: their gains differ, but within a turn index there is nothing to compare."""
+    rollouts = [Rollout([0] * 3, [1] * 3, [0, 1, 2], [1, 2, 3], stop="format")] * 2
+    gains, outcomes, beliefs = [[0.1, 0.5]] * 2, [-0.1, -0.1], [[-1.0] * 3] * 2
+
+    def silent(norm, gains=gains, outcomes=outcomes):
+        row = igpo.rollout_metrics(rollouts, [{"answers": ["x"]}] * 2, beliefs, outcomes, gains, [[0.0] * 3] * 2, Config(group=2, norm=norm))
+        return row["no_signal_outcome"], row["no_signal_igpo"]
+    assert silent("centre") == silent("turn") == (1.0, 1.0) and silent("separate") == (1.0, 0.0)
+    assert silent("centre", gains=[[0.1, 0.5], [0.1, 0.4]]) == (1.0, 0.0) and silent("centre", outcomes=[1.0, -0.1]) == (0.0, 0.0)
+    assert silent("centre", gains=[[math.nan, 0.5], [0.1, 0.4]]) == (1.0, 1.0)      # that step is skipped
+
+
+def test_without_a_reference_there_is_no_kl(tmp_path):
+    assert igpo.main([*SMALL, "--steps", "1", "--eval_every", "0", "--kl_coef", "0", "--out", str(tmp_path / "x")]) == 0
+    assert rows_of(tmp_path / "x")[0]["kl"] is None
 
 
 def test_a_dead_search_engine_stops_the_run_with_a_checkpoint(tmp_path, monkeypatch, capsys):
@@ -840,7 +870,7 @@ def dies(*args):
         os._exit(1)
     return honest(*args)
 igpo.train_step = dies
-sys.exit(igpo.main([*test_igpo.SMALL, "--steps", "4", "--save_every", "100", "--out", folder + "/run"]))
+sys.exit(igpo.main([*test_igpo.SMALL, "--steps", "4", "--out", folder + "/run"]))
 """
 
 
@@ -924,7 +954,7 @@ GOOD = '{"question": "Who?", "answers": ["Tavo"]}'
 @pytest.mark.parametrize("argv, said", [
     (["--model", "/no/such/folder"], "could not load"), (["--model", "nosuchfamily-7B"], "owner/name"), (["--model", "none.gguf"], "no such file"),
     (["--train", "none.jsonl"], "none.jsonl"), (["--search", "bm25:none.jsonl"], "none.jsonl"), (["--search", "altavista"], "altavista"),
-    (["--group", "1"], "at least 2"), (["--temperature", "0"], "--temperature"), (["--resume", "nowhere"], "nowhere"), (["--max_turns", "0"], "--max_turns")])
+    (["--group", "1"], "at least 2"), (["--minibatches", "5"], "there are 4 rollouts"), (["--temperature", "0"], "--temperature"), (["--resume", "nowhere"], "nowhere"), (["--max_turns", "0"], "--max_turns")])
 def test_bad_options_get_one_line(argv, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = [] if "--resume" in argv else ["--out", str(tmp_path / "x")]
@@ -959,10 +989,10 @@ def test_questions_in_other_layouts(tmp_path):
 def test_long_golds_are_cut_and_said_and_long_questions_refused(demo, tmp_path, capsys):
     model, tokenizer, _, _, cfg = demo
     assert len(igpo.encode_gold(tokenizer, "word " * 100)) == igpo.MAX_GOLD_TOKENS
-    igpo.check_data(tokenizer, [{"id": "a", "question": "Who?", "answers": ["word " * 100]}], model, cfg)
+    igpo.check_data(tokenizer, [{"id": "a", "question": "Who?", "answers": ["word " * 100]}], "q.jsonl", model, cfg)
     assert "1 of 1 gold answers are longer" in capsys.readouterr().out
     with pytest.raises(UserError, match="question long"):
-        igpo.check_data(tokenizer, [{"id": "long", "question": "who " * 3000, "answers": ["x"]}], model, cfg)
+        igpo.check_data(tokenizer, [{"id": "long", "question": "who " * 3000, "answers": ["x"]}], "q.jsonl", model, cfg)
 
 
 def test_resume_may_change_the_batch_sizes(run, tmp_path):
@@ -979,7 +1009,8 @@ def test_resume_may_change_the_batch_sizes(run, tmp_path):
 def test_resume_refuses_what_would_be_another_run(run, tmp_path, capsys):
     import shutil
     for spoil, argv, said in (
-            (lambda o: None, ["--lr", "0.5"], "--lr"), (lambda o: shutil.rmtree(o / "checkpoint"), [], "no whole checkpoint"),
+            (lambda o: None, ["--lr", "0.5"], "--lr"),
+            (lambda o: (o / "config.json").write_text((o / "config.json").read_text().replace('"curriculum": false', '"curriculum": true')), ["--steps", "9"], "--steps"), (lambda o: shutil.rmtree(o / "checkpoint"), [], "no whole checkpoint"),
             (lambda o: (o / "checkpoint" / "state.pt").write_bytes(b"PK torn"), [], "cannot be read"), (lambda o: (o / "config.json").write_text("{"), [], "config.json")):
         out = tmp_path / f"{said.strip('-')[:5]}"
         shutil.copytree(run, out)
@@ -1124,7 +1155,7 @@ def test_a_save_killed_at_every_file_operation(demo, tmp_path):
             mark.fill_(step)
             count = files_that_fail_at(patch, model, at)
             with suppress(Killed):
-                igpo.save_checkpoint(out, model, igpo.snapshot(model, optimizer, step, 0), {})
+                igpo.save_checkpoint(out, model, optimizer, {"step": step, "skipped": 0, "data": {}})
         return count[0]
 
     def found(out):
@@ -1266,7 +1297,7 @@ def test_out_of_memory_that_no_halving_helps(where, error, said, run, tmp_path, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(igpo, where, greedy)
         patch.setattr(igpo, "train_step", lambda *args: (steps.append(1), honest_step(*args))[1])
-        argv = [*SMALL, "--steps", "3", "--eval_every", "0", "--out", str(out), "--save_every", "100"]
+        argv = [*SMALL, "--steps", "3", "--eval_every", "0", "--out", str(out)]
         if said == "shapes differ":
             with pytest.raises(RuntimeError, match=said):
                 igpo.main(argv)
@@ -1352,7 +1383,7 @@ def test_a_signal_while_the_search_hangs(number, run, tmp_path, monkeypatch, cap
     with monkeypatch.context() as patch, SearchServer(lambda *_: time.sleep(600)) as server:
         hung = search_tool.DuckDuckGo(server.url) if number == signal.SIGTERM else search_tool.RetrievalServer(server.url)
         patch.setattr(igpo, "open_search", lambda *a, **k: Hangs())
-        assert igpo.main([*SMALL, "--steps", "4", "--out", str(tmp_path / "x"), "--save_every", "100"]) == 0
+        assert igpo.main([*SMALL, "--steps", "4", "--out", str(tmp_path / "x")]) == 0
     assert time.monotonic() - sent[0] < 30 and f"--resume {tmp_path / 'x'}" in capsys.readouterr().out
     assert igpo.main(["--resume", str(tmp_path / "x")]) == 0
     same_run(run, tmp_path / "x")

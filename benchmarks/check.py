@@ -259,7 +259,7 @@ def golds(t):
 def context(t):
     with contextlib.redirect_stdout(io.StringIO()):      # of golds we speak ourselves
         try:
-            igpo.check_data(t.tokenizer, t.questions, t.model, t.cfg)
+            igpo.check_data(t.tokenizer, t.questions, t.cfg.train, t.model, t.cfg)
         except igpo.UserError as e:
             return "fail", igpo.first_line(e), "leave it out, lower --max_new_tokens, or take a model of longer context"
     cut = igpo.mean(r.stop == "length" for r in t.rollouts)
