@@ -2480,6 +2480,9 @@ def test_search_command_line(search_home):
 
 # ==== eval.py ============================================================================================================
 
+from benchmarks import download as downloading  # noqa: E402
+from benchmarks import report as reporting  # noqa: E402
+
 
 def test_eval_docstring_examples():
     import doctest
@@ -2607,8 +2610,8 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(evaluation, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(evaluation, "WAIT", 0.01)
+    monkeypatch.setattr(downloading, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(downloading, "WAIT", 0.01)
     base = "/datasets/RUC-NLPIR/FlashRAG_datasets/resolve/main"
     lines = "".join(json.dumps({"id": f"dev_{k}", "question": f"q {k}", "golden_answers": [f"a {k}"], "metadata": {"page": "x" * 6000}}) + "\n" for k in range(60)).encode()
     Hub.files, Hub.script, Hub.log = {f"{base}/hotpotqa/dev.jsonl": lines, f"{base}/hotpotqa/train.jsonl": lines.replace(b"dev_", b"train_"), f"{base}/nq/test.jsonl": lines}, [], []
@@ -2743,7 +2746,7 @@ def test_eval_summary_and_samples_by_hand():
     assert s["macro average"]["f1_paper"]["value"] == pytest.approx((0.2 + 1) / 2)
     assert s["b"]["recall"]["value"] == 0.5 and s["c"]["recall"] is None
     assert (s["b"]["f1_paper"]["low"], s["b"]["f1_paper"]["high"]) == (0.0, pytest.approx(0.4))                    # both resamples of one question are common
-    text = evaluation.markdown_table(evaluation.tables(s)[0][1])
+    text = reporting.markdown_table(reporting.tables(s)[0][1])
     assert "| b | 2 | 20.0 [0.0, 40.0] |" in text and "pass@n" in text
 
 
@@ -2914,7 +2917,7 @@ def serve(folder, seen):
 
 
 def test_eval_report_allows_only_itself(tmp_path):
-    evaluation.write_report(tmp_path / "report.html", f"a {EVIL}", {"Model": EVIL}, many(5), summarise(many(5)))
+    reporting.write_report(tmp_path / "report.html", f"a {EVIL}", {"Model": EVIL}, many(5), summarise(many(5)))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in page and "unsafe" not in page.split("</head>")[0]
     assert page.count("<script") == 2 and page.count("</script") == 2 and "<img" not in page and "<svg" not in page and not re.search(r"<[^>]*\b(src|href)\s*=", page.split("<style>")[0])
@@ -2928,7 +2931,7 @@ def test_eval_report_allows_only_itself(tmp_path):
 def test_eval_report_in_a_browser(tmp_path):
     """2,000 rollouts that try to be script. A page around the report presses keys and filters, as a person would."""
     chromium()
-    evaluation.write_report(tmp_path / "report.html", f"a {EVIL}", {"Model": EVIL}, many(2000), summarise(many(60)))
+    reporting.write_report(tmp_path / "report.html", f"a {EVIL}", {"Model": EVIL}, many(2000), summarise(many(60)))
     (tmp_path / "person.html").write_text("""<!doctype html><body><iframe id=f src="report.html" width=1300 height=1000></iframe><script>
       const log = {}, start = performance.now();
       document.getElementById("f").onload = () => {
@@ -2994,13 +2997,13 @@ def test_eval_report_of_a_training_run(tmp_path, capsys):
 
 def test_eval_large_reports_keep_whole_questions(tmp_path):
     rows = [line(id=str(k), step=s) for s in (1, 2, 3) for k in range(10)] + [line(id=f"once{k}", step=4) for k in range(10)]
-    evaluation.write_report(tmp_path / "r.html", "t", {}, rows, summarise(rows), limit=25)
+    reporting.write_report(tmp_path / "r.html", "t", {}, rows, summarise(rows), limit=25)
     data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "r.html").read_text(encoding="utf-8"), re.DOTALL)[1])
     assert len(data["rows"]) == 25 and sum(r["id"].startswith("once") for r in data["rows"]) == 1 and "40" in data["note"]
 
 
 def test_eval_screenshots_differ_in_light_and_dark(tmp_path):
-    evaluation.write_report(tmp_path / "r.html", "t", {}, many(20), summarise(many(20)))
+    reporting.write_report(tmp_path / "r.html", "t", {}, many(20), summarise(many(20)))
     sizes = []
     for scheme in (1, 0):
         browse(f"file://{tmp_path}/r.html", tmp_path, f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={tmp_path}/{scheme}.png")
@@ -3024,12 +3027,12 @@ def write_run(folder, seed, credit="igpo", lift=0.0):
 def test_eval_plot_by_hand(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     runs = [write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1, lift=0.2), write_run(tmp_path / "c", 0, credit="grpo")]
-    series = evaluation.curves([evaluation.read_run(r) for r in runs])
+    series = reporting.curves([reporting.read_run(r) for r in runs])
     assert list(series) == ["igpo", "grpo"] and series["igpo"]["seeds"] == 2 and series["grpo"]["seeds"] == 1
     # tokens: 100 + 200 and 110 + 210, mean 310; F1 .1 and .3, then .3 and .5
     assert series["igpo"]["eval_f1"] == [(0, 0, pytest.approx(0.2), 0.1, pytest.approx(0.3)), (2, 310, pytest.approx(0.4), 0.3, 0.5)]
     assert series["igpo"]["belief_gain"] == [(1, 105, pytest.approx(1.1), 1.0, pytest.approx(1.2)), (2, 310, pytest.approx(1.1), 1.0, pytest.approx(1.2))]
-    figure = evaluation.plot(runs, str(tmp_path / "curves.png"))
+    figure = reporting.plot(runs, str(tmp_path / "curves.png"))
     steps, tokens, signal, gain = figure.axes
     assert [list(l.get_xdata()) for l in steps.lines] == [[0, 2], [0, 2]] and [list(l.get_xdata()) for l in tokens.lines] == [[0, 310], [0, 300]]
     assert list(steps.lines[0].get_ydata()) == pytest.approx([0.2, 0.4]) and len(steps.collections) == 1                   # one band: two seeds
