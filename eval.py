@@ -366,11 +366,13 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg = Config(**{"temperature": 0.0 if args.n == 1 else 1.0, "group": 1, "gradient_checkpointing": False, **base, **given})
     if args.n > 1 and cfg.temperature <= 0:
         raise UserError("--n samples of a greedy rollout are all alike: give a --temperature above 0.")
-    for name, bound in {"max_turns": 1, "max_new_tokens": 1, "top_k": 1, "rollout_batch": 1, "temperature": 0}.items():
-        if getattr(cfg, name) < bound:
+    least = {"max_turns": 1, "max_new_tokens": 1, "max_info_tokens": 0, "top_k": 1, "rollout_batch": 1, "batch_tokens": 1, "temperature": 0}
+    for name, bound in least.items():
+        if not bound <= getattr(cfg, name) < math.inf:      # which nan is not
             raise UserError(f"--{name} must be at least {bound}.")
-    if set(args.benchmark) != {"demo"} and cfg.search == Config().search and "search" not in given and not args.no_search:
-        raise UserError("--search: the demo's corpus knows nothing of other benchmarks. Say where to search (see search_tool.py), or --no_search.")
+    strange = next((name for name in args.benchmark if name != "demo"), None)
+    if strange and cfg.search == Config().search and "search" not in given and not args.no_search:
+        raise UserError(f"--search: the demo's corpus knows nothing of {strange}. Say where to search, see search_tool.py, or --no_search.")
     return cfg
 
 
@@ -422,12 +424,7 @@ def plan(args: argparse.Namespace) -> tuple:
                 "adapter": args.adapter, "no_search": args.no_search, "n": args.n, "benchmarks": notes,
                 "fingerprints": {name: fingerprint(path) if path else "" for name, path in files.items()}}
     out = result_folder(args, cfg, settings)
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "config.json", json.dumps(settings, indent=1) + "\n")
-    log, rows = out / "rollouts.jsonl", []
-    if log.exists():
-        rows = read_jsonl(log)
-        write_whole(log, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))          # without a line that was cut
+    rows = read_jsonl(out / "rollouts.jsonl") if (out / "rollouts.jsonl").exists() else []
     done = {(row["benchmark"], row["id"], row["sample"]) for row in rows}
     todo = [(name, q, k) for name, part in chosen.items() for q in part for k in range(args.n) if (name, q["id"], k) not in done]
     taken = ", ".join(f"{name} ({note['questions']})" for name, note in notes.items())
@@ -436,11 +433,16 @@ def plan(args: argparse.Namespace) -> tuple:
     return cfg, settings, out, list(chosen), rows, todo
 
 
-def play(args: argparse.Namespace, cfg: Config, out: Path, rows: list[dict], todo: list[tuple]) -> None:
+def play(args: argparse.Namespace, cfg: Config, settings: dict, out: Path, rows: list[dict], todo: list[tuple]) -> None:
     """Run and score what is still to be run, and add it to rows and to rollouts.jsonl as it ends. Each process plays its share."""
     rank, processes = process()
     search = None if args.no_search else open_run_search(cfg)
     model, tokenizer = load_model(cfg, adapter=args.adapter) if args.adapter else load_model(cfg)
+    if not rank:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "config.json", json.dumps(settings, indent=1) + "\n")
+        # Written anew: a last line may have been cut.
+        write_whole(out / "rollouts.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     mine, total = todo[rank::processes], len(rows) + len(todo)
     begun = [begin(tokenizer, q["question"]) for _, q, _ in mine]
     task_of = {id(r): task for r, task in zip(begun, mine)}
@@ -449,7 +451,7 @@ def play(args: argparse.Namespace, cfg: Config, out: Path, rows: list[dict], tod
     with (open(os.devnull if rank else out / "rollouts.jsonl", "a", encoding="utf-8") as file,
           tqdm(total=total, initial=len(rows), unit="rollout", dynamic_ncols=True, disable=bool(rank)) as bar):
         while len(rows) < total:
-            rollouts = list(islice(ended, cfg.rollout_batch))
+            rollouts = list(islice(ended, min(cfg.rollout_batch, 16)))      # few at a time: what is written survives an interruption
             tasks = [task_of[id(r)] for r in rollouts]
             _, beliefs = score(model, tokenizer, rollouts, [q["answers"] for _, q, _ in tasks], cfg)
             new = gathered([{"benchmark": name, "sample": k, **record(tokenizer, r, q, b, gain=cfg.gain)}
@@ -477,7 +479,7 @@ def evaluate(args: argparse.Namespace) -> Path:
         sys.stdout = open(os.devnull, "w")
     cfg, settings, out, names, rows, todo = gathered([] if rank else [plan(args)])[0]
     if todo:
-        play(args, cfg, out, rows, todo)
+        play(args, cfg, settings, out, rows, todo)
     if not rank:
         from benchmarks.report import write_results      # here, since it imports this file
         rows.sort(key=lambda row: (names.index(row["benchmark"]), row["id"], row["sample"]))

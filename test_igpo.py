@@ -2498,7 +2498,7 @@ FORMATS = {
     "flashrag.jsonl": [{"id": "test_0", "question": "Who?", "golden_answers": ["Ann"], "metadata": {"supporting_facts": {"title": ["T", "T", "U"], "sent_id": [0, 1, 0]}}},
                        {"id": "test_1", "question": "When?", "golden_answers": ["1999"], "metadata": {"question_decomposition": [
                            {"support_paragraph": {"title": "V"}}, {"support_paragraph": None}]}}],
-    "hotpot.json": HOTPOT,
+    "hotpot.json": [*HOTPOT, {"question": "When?", "answers": "1999"}],
     "musique.jsonl": [{"id": "2hop__1", "question": "Who?", "answer": "Ann", "answer_aliases": ["Anna"], "answerable": True,
                        "paragraphs": [{"idx": 0, "title": "T", "paragraph_text": "..", "is_supporting": True}, {"idx": 1, "title": "U", "paragraph_text": "..", "is_supporting": False}]},
                       {"id": "2hop__2", "question": "Who?", "answer": "Bo", "answer_aliases": [], "answerable": False, "paragraphs": []}],
@@ -2506,7 +2506,7 @@ FORMATS = {
 EXPECTED = {
     "ours.jsonl": [{"id": "a", "question": "Who?", "answers": ["Ann"], "supporting": ["p1", "p2"], "hops": 2}],
     "flashrag.jsonl": [{"id": "test_0", "question": "Who?", "answers": ["Ann"], "supporting": ["T", "U"]}, {"id": "test_1", "question": "When?", "answers": ["1999"], "supporting": ["V"]}],
-    "hotpot.json": [{"id": "h1", "question": "Who?", "answers": ["Ann Lee"], "supporting": ["Ann", "Bo"]}],
+    "hotpot.json": [{"id": "h1", "question": "Who?", "answers": ["Ann Lee"], "supporting": ["Ann", "Bo"]}, {"id": "2", "question": "When?", "answers": ["1999"]}],
     "musique.jsonl": [{"id": "2hop__1", "question": "Who?", "answers": ["Ann", "Anna"], "supporting": ["T"]}],
 }
 
@@ -2545,7 +2545,8 @@ def test_eval_says_what_parquet_needs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, text, message", [
     ("x.json", "[{", "cannot be read"), ("x.json", "[]", "no questions"), ("x.json", '[{"question": "Who?"}]', "question 1 has no answer"),
-    ("x.json", "[3]", "question 1 is in no format"), ("x.jsonl", '{"question": "Who?", "answers": "a"}\n{"question"', "x.jsonl:2"),
+    ("x.json", "[3]", "question 1 is in no format"), ("x.json", '[{"question": "\\ud800?", "answer": "a"}]', "question 1 is in no format"),
+    ("x.jsonl", '{"question": "Who?", "answers": "a"}\n{"question"', "x.jsonl:2"),
     ("x.parquet", "no parquet", "parquet"), (None, "", "neither a file nor one of demo, nq")])
 def test_eval_refuses_in_one_line(tmp_path, name, text, message):
     if name:
@@ -2863,11 +2864,13 @@ def test_eval_stops_when_the_search_is_down_and_goes_on_later(tmp_path, capsys, 
 
 @pytest.mark.parametrize("argv, message", [
     (["--benchmark", "nq"], "--search"), (["--n", "2", "--temperature", "0"], "--n samples"), (["--adapter", "nowhere", "--model", "x"], "adapter_config"), (["--adapter", "nowhere"], "give --model"),
-    (["--max_turns", "0"], "at least 1"), (["--compare", "nowhere", "nowhere"], "cannot be read"), (["--report", "nowhere"], "cannot be read"), (["--plot", "nowhere"], "cannot be read")])
+    (["--max_turns", "0"], "at least 1"), (["--temperature", "nan"], "at least 0"), (["--benchmark", "nosuch"], "nosuch"),
+    (["--model", "nosuch"], "--model nosuch"), (["--compare", "nowhere", "nowhere"], "cannot be read"), (["--report", "nowhere"], "cannot be read"), (["--plot", "nowhere"], "cannot be read")])
 def test_eval_mistakes_are_told_in_one_line(tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     code, _, err = run_main(capsys, *argv)
     assert code == 2 and message in err and err.startswith("eval: ") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())                                           # and no empty folder is left behind
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -3038,6 +3041,10 @@ def test_eval_plot_by_hand(tmp_path, capsys):
     assert list(steps.lines[0].get_ydata()) == pytest.approx([0.2, 0.4]) and len(steps.collections) == 1                   # one band: two seeds
     assert [l.get_label() for l in signal.lines] == ["igpo, outcome only", "igpo, with gains", "grpo, outcome only", "grpo, with gains"]
     assert list(signal.lines[0].get_ydata()) == pytest.approx([0.6, 0.6]) and list(gain.lines[1].get_ydata()) == pytest.approx([1.0, 1.0])
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["igpo (2 seeds, band: least to greatest)", "grpo"]      # once, below
+    assert [t.get_text() for t in signal.get_legend().get_texts()] == ["outcome only", "with gains"] and not steps.get_legend()
+    named = [({"credit": "igpo", "train": f"/some/where/{name}.jsonl", "rollout_batch": size}, []) for name, size in (("a", 64), ("b", 8), ("a", 8))]
+    assert {label: s["seeds"] for label, s in reporting.curves(named).items()} == {"train a.jsonl": 2, "train b.jsonl": 1}
     assert run_main(capsys, "--plot", *runs, "-o", tmp_path / "c.png")[0] == 0
     assert (tmp_path / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (tmp_path / "c.png").stat().st_size > 20_000
 

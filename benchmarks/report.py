@@ -9,6 +9,7 @@ import hashlib
 import html
 import json
 import math
+import os
 import platform
 import re
 from pathlib import Path
@@ -58,13 +59,13 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 def describe(settings: dict) -> dict[str, str]:
     """Settings of an evaluation in the few words that a reader needs."""
-    top_k, n = settings["top_k"], settings["n"]
+    top_k, n, turns = settings["top_k"], settings["n"], 1 if settings["no_search"] else settings["max_turns"]
     decoding = f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
     return {"Model": settings["model"], "Adapter": settings["adapter"] or "none",
             "Questions": "; ".join(f"{name}: {note['questions']}" for name, note in settings["benchmarks"].items()),
             "Search": "none: closed book, made to answer at once" if settings["no_search"] else
                       f"{settings['search']}, {top_k} passage{'s' * (top_k > 1)}",
-            "Episode": f"up to {settings['max_turns']} turn{'s' * (settings['max_turns'] > 1)} of {settings['max_new_tokens']} tokens",
+            "Episode": f"{f'up to {turns} turns' if turns > 1 else 'one turn'} of {settings['max_new_tokens']} tokens",
             "Decoding": decoding + f", {n} samples a question: figures are means over samples" * (n > 1),
             "Gains": "in nats per token" if settings["gain"] == "logprob" else "in probability per token"}
 
@@ -186,7 +187,8 @@ PANELS = (    # title, x axis, {metric: (line, what the legend adds)}
     ("belief gained by the searches of a rollout (nats)", "step", {"belief_gain": ("-", "")}),
 )
 # What two runs of one setting may differ in: the seed, and what changes nothing in the figures.
-NO_SETTING = {"seed", "out", "resume", "steps", "save_every", "show_every", "search_cache", "rollout_batch", "batch_tokens"}
+NO_SETTING = {"seed", "out", "resume", "steps", "eval_every", "save_every", "show_every", "search_cache", "rollout_batch", "batch_tokens",
+              "gradient_checkpointing"}
 
 
 def read_run(folder: str) -> tuple[dict, list[dict]]:
@@ -212,7 +214,8 @@ def curves(runs: list[tuple[dict, list[dict]]]) -> dict[str, dict]:
     differ = [key for key in keys if len({json.dumps(config.get(key)) for config, _ in runs}) > 1]
     groups: dict[str, list] = {}
     for config, rows in runs:
-        label = ", ".join(str(config.get(key)) if key == "credit" else f"{key} {config.get(key)}" for key in differ)
+        told = {key: os.path.basename(str(config.get(key))) for key in differ}        # of a path the file's name will do
+        label = ", ".join(value if key == "credit" else f"{key} {value}" for key, value in told.items())
         groups.setdefault(label or config.get("credit", "run"), []).append(rows)
     result: dict[str, dict] = {}
     for label, seeds in groups.items():
@@ -233,27 +236,35 @@ def plot(folders: list[str], path: str):
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from matplotlib.lines import Line2D
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     settings = curves([read_run(folder) for folder in folders])
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
     for axis, (title, x, metrics) in zip(axes.flat, PANELS):
         axis.set_title(title, loc="left", fontsize=11)
         axis.set_xlabel("tokens written by the policy and trained on" if x == "tokens" else "step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.grid(alpha=.25)
         axis.spines[["top", "right"]].set_visible(False)
         if "no_signal_igpo" in metrics:
             axis.set_ylim(-.02, 1.02)
         for k, (label, series) in enumerate(settings.items()):
-            seeds = f" ({series['seeds']} seeds, band: least to greatest)" if series["seeds"] > 1 else ""
             for metric, (style, added) in metrics.items():
                 if series[metric]:
                     steps, tokens, middle, low, high = zip(*series[metric])
                     at = tokens if x == "tokens" else steps
-                    axis.plot(at, middle, style, color=f"C{k}", label=label + (added or seeds), marker="o" if len(at) < 2 else None)
+                    axis.plot(at, middle, style, color=f"C{k}", label=label + added, marker="o" if len(at) < 2 else None)
                     if series["seeds"] > 1:
                         axis.fill_between(at, low, high, color=f"C{k}", alpha=.18, linewidth=0)
-        if axis.lines:
-            axis.legend(fontsize=8, frameon=False)
+        if len(metrics) > 1:
+            styles = [Line2D([], [], color="grey", linestyle=style, label=added.strip(" ,")) for style, added in metrics.values()]
+            axis.legend(handles=styles, fontsize=8, frameon=False)
+    lines = []
+    for k, (label, series) in enumerate(settings.items()):
+        seeds = f" ({series['seeds']} seeds, band: least to greatest)" if series["seeds"] > 1 else ""
+        lines.append(Line2D([], [], color=f"C{k}", label=label + seeds))
+    figure.legend(handles=lines, loc="outside lower left", fontsize=9, frameon=False)
     figure.savefig(path, dpi=150)
     return figure
