@@ -415,7 +415,7 @@ def result_folder(args: argparse.Namespace, cfg: Config, settings: dict) -> Path
 
 
 def plan(args: argparse.Namespace) -> tuple:
-    """(config, settings, results folder, benchmarks, rows that are there, [(benchmark, question, sample), ..] still to be run)."""
+    """(config, settings, results folder, rows that are there, [(benchmark, question, sample), ..] still to be run)."""
     cfg = load_config(args)
     chosen, notes = load_questions_of(args, cfg)
     files = {"model": locate(cfg.model), "adapter": adapter_folder(args.adapter) if args.adapter else None,
@@ -430,7 +430,7 @@ def plan(args: argparse.Namespace) -> tuple:
     taken = ", ".join(f"{name} ({note['questions']})" for name, note in notes.items())
     there = f"; {len(done)} of them are there already" if done else ""
     print(f"{len(done) + len(todo)} rollouts on {taken}{there}. Results go to {out}.", flush=True)
-    return cfg, settings, out, list(chosen), rows, todo
+    return cfg, settings, out, rows, todo
 
 
 def play(args: argparse.Namespace, cfg: Config, settings: dict, out: Path, rows: list[dict], todo: list[tuple]) -> None:
@@ -477,12 +477,11 @@ def evaluate(args: argparse.Namespace) -> Path:
     rank, _ = process()
     if rank:
         sys.stdout = open(os.devnull, "w")
-    cfg, settings, out, names, rows, todo = gathered([] if rank else [plan(args)])[0]
+    cfg, settings, out, rows, todo = gathered([] if rank else [plan(args)])[0]
     if todo:
         play(args, cfg, settings, out, rows, todo)
     if not rank:
         from benchmarks.report import write_results      # here, since it imports this file
-        rows.sort(key=lambda row: (names.index(row["benchmark"]), row["id"], row["sample"]))
         print("\n" + write_results(out, settings, rows) + f"\nTo read the rollouts, open {out / 'report.html'}")
     return out
 

@@ -2865,7 +2865,8 @@ def test_eval_stops_when_the_search_is_down_and_goes_on_later(tmp_path, capsys, 
 @pytest.mark.parametrize("argv, message", [
     (["--benchmark", "nq"], "--search"), (["--n", "2", "--temperature", "0"], "--n samples"), (["--adapter", "nowhere", "--model", "x"], "adapter_config"), (["--adapter", "nowhere"], "give --model"),
     (["--max_turns", "0"], "at least 1"), (["--temperature", "nan"], "at least 0"), (["--benchmark", "nosuch"], "nosuch"),
-    (["--model", "nosuch"], "--model nosuch"), (["--compare", "nowhere", "nowhere"], "cannot be read"), (["--report", "nowhere"], "cannot be read"), (["--plot", "nowhere"], "cannot be read")])
+    (["--model", "nosuch"], "--model nosuch"), (["--compare", "nowhere", "nowhere"], "cannot be read"), (["--report", "nowhere"], "cannot be read"), (["--report", str(HERE / "benchmarks")], "rollouts.jsonl"),
+    (["--plot", "nowhere"], "cannot be read")])
 def test_eval_mistakes_are_told_in_one_line(tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     code, _, err = run_main(capsys, *argv)
@@ -2949,7 +2950,8 @@ def test_eval_report_in_a_browser(tmp_path):
         const set = (id, value, type) => { q("#" + id).value = value; q("#" + id).dispatchEvent(new w.Event(type)); };
         set("result", "right", "change"); log.right = q("#count").textContent; set("benchmark", "b1", "change"); log.both = q("#count").textContent; log.first = q("h2").textContent.slice(0, 11);
         set("result", "", "change"); set("benchmark", "", "change"); set("q", "NEEDLE1234", "input"); log.found = q("#count").textContent; log.hash = w.location.hash;
-        set("q", "", "input"); set("stop", "answer", "change"); log.stop = q("#count").textContent; const t = performance.now(); for (let i = 0; i < 50; i++) press("j"); log.step = (performance.now() - t) / 50;
+        set("q", "", "input"); set("stop", "answer", "change"); q("#stop").focus(); q("#stop").dispatchEvent(new w.KeyboardEvent("keydown", {key: "j", bubbles: true}));
+        log.chosen = q("h2").textContent.slice(0, 11); press("k"); log.stop = q("#count").textContent; const t = performance.now(); for (let i = 0; i < 50; i++) press("j"); log.step = (performance.now() - t) / 50;
         log.far = q("h2").textContent.slice(0, 12); log.current = q(".item[aria-current=true] b").textContent.slice(0, 12); log.nodesAfter = d.querySelectorAll("*").length;
         document.body.replaceChildren(JSON.stringify(log));
       };</script>""")
@@ -2970,7 +2972,7 @@ def test_eval_report_in_a_browser(tmp_path):
     assert log["count"] == "2,000 of 2,000 rollouts" and log["items"] < 40 and log["nodes"] < 2000 and log["nodesAfter"] < 2000
     assert log["pills"] == ["gain +0.50", "gain \u22120.25"] and ["up" in t.split() for t in log["tones"]] == [True, False] and log["folded"] == 0
     assert log["line"] == 3 and log["act"] == ["searches forneedle0", "searches forq", "answersred fox"]
-    assert log["next"] == "Question 1?" and log["back"] == "Question 0?"
+    assert log["next"] == "Question 1?" and log["back"] == "Question 0?" and log["chosen"] == "Question 1?"      # keys work while a filter has the focus
     assert log["right"] == "667 of 2,000 rollouts" and log["both"] == "333 of 2,000 rollouts" and log["first"] == "Question 3?"      # 0, 3 .. 1998; of these the odd ones
     assert log["found"] == "1 of 2,000 rollouts" and "q=NEEDLE1234" in log["hash"]
     assert log["stop"] == "2,000 of 2,000 rollouts" and log["far"] == log["current"] == "Question 50?"
@@ -2995,7 +2997,25 @@ def test_eval_report_of_a_training_run(tmp_path, capsys):
     dom, _ = browse(f"file://{tmp_path}/report.html#side=1", tmp_path, "--dump-dom")
     body = dom[dom.index("<header"):]                        # what the script made, after the data
     assert body.count("<section>") == 3 and all(f">step {s}</p>" in body for s in (1, 7, 12)) and "steps 1–2" in body
+    # A question of one step alone: its rollouts side by side, under the names that tell them apart
+    at = next(i for i, r in enumerate(rows) if r["id"] == "s2")
+    alone = browse(f"file://{tmp_path}/report.html#side=1&at={at}", tmp_path, "--dump-dom")[0]
+    alone = alone[alone.index("<header"):]
+    assert alone.count("<section>") == 2 and all(f">step 2, rollout {k}</p>" in alone for k in (1, 2))
     assert body.count('return <b>+1.50</b>') == 3 and body.count('return <b>−0.50</b>') == 3 and ">igpo</dd>" in body
+
+
+def test_eval_reports_and_compares_only_rollouts(tmp_path, capsys):
+    """rollouts.jsonl of something else, and a config.json that was cut: one line each. Without config.json the page is there all the same."""
+    (tmp_path / "rollouts.jsonl").write_text('{"question": "Who?", "answers": ["a"]}\n')
+    for command in (["--report", tmp_path], ["--compare", tmp_path, tmp_path]):
+        code, _, err = run_main(capsys, *command)
+        assert code == 2 and "holds no rollouts" in err and err.count("\n") == 1
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many(3)))
+    assert run_main(capsys, "--report", tmp_path)[0] == 0 and (tmp_path / "report.html").is_file()
+    (tmp_path / "config.json").write_text('{"benchmarks"')
+    code, _, err = run_main(capsys, "--report", tmp_path)
+    assert code == 2 and "config.json: cannot be read" in err and err.count("\n") == 1
 
 
 def test_eval_large_reports_keep_whole_questions(tmp_path):

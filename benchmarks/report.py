@@ -39,15 +39,14 @@ def cell(figure: dict | None, unit: str, spread: bool) -> str:
 def tables(summary: dict) -> list[tuple[str, list[list[str]]]]:
     """(caption, rows of cells, the heading first): scores with intervals, then behaviour."""
     known = [name for name in METRICS if any(name in row for row in summary.values())]
-    parts = (("Scores in %, with 95 % bootstrap intervals", [n for n in known if n in SCORES], True),
-             ("Behaviour: shares in %, belief in the gold answer in nats per token, share of each ending in %",
-              [n for n in known if n not in SCORES], False))
-    result = []
-    for caption, names, spread in parts:
-        rows = [["", "Questions", *(METRICS[n][0] for n in names)]]
-        rows += [[label, f"{row['questions']:,}", *(cell(row[n], METRICS[n][1], spread) for n in names)] for label, row in summary.items()]
-        result.append((caption, rows))
-    return result
+    scores, behaviour = [n for n in known if n in SCORES], [n for n in known if n not in SCORES]
+    first = [["", "Questions", *(METRICS[n][0] for n in scores)]]
+    second = [["", *(METRICS[n][0] for n in behaviour)]]
+    for label, row in summary.items():
+        first.append([label, f"{row['questions']:,}", *(cell(row[n], METRICS[n][1], True) for n in scores)])
+        second.append([label, *(cell(row[n], METRICS[n][1], False) for n in behaviour)])
+    return [("Scores in %, with 95 % bootstrap intervals", first),
+            ("Behaviour: shares in %, belief in the gold answer in nats per token, share of each ending in %", second)]
 
 
 def markdown_table(rows: list[list[str]]) -> str:
@@ -81,7 +80,7 @@ def comparison(a: str, b: str, metric: str) -> str:
     heading, unit, _ = METRICS[metric]
     scale = 100 if unit == "%" else 1
     rows = [["", "Questions", a, b, "difference", "95 % interval", "p", "win / tie / loss"]]
-    for row in compare(*(read_jsonl(Path(folder) / "rollouts.jsonl") for folder in (a, b)), metric):
+    for row in compare(read_rollouts(a), read_rollouts(b), metric):
         rows.append([row["benchmark"], str(row["questions"]), f"{scale * row['a']:.2f}", f"{scale * row['b']:.2f}",
                      f"{scale * row['difference']:+.2f}", f"[{scale * row['low']:+.2f}, {scale * row['high']:+.2f}]",
                      f"{row['p']:.3f}" if row["p"] >= .001 else "< 0.001", f"{row['win']} / {row['tie']} / {row['loss']}"])
@@ -92,6 +91,7 @@ def comparison(a: str, b: str, metric: str) -> str:
 
 def write_results(out: Path, settings: dict, rows: list[dict]) -> str:
     """results.json, results.md and report.html of an evaluation; returns what results.md says."""
+    rows = in_order(rows, settings)
     summary = summarise(rows)
     text = markdown(summary, settings)
     code = {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest()[:16] for name in ("igpo.py", "search_tool.py", "eval.py")}
@@ -100,6 +100,29 @@ def write_results(out: Path, settings: dict, rows: list[dict]) -> str:
     write_whole(out / "results.md", text)
     write_report(out / "report.html", out.name, describe(settings), rows, summary)
     return text
+
+
+def in_order(rows: list[dict], settings: dict) -> list[dict]:
+    """Rollouts of an evaluation as they were asked for; in the log they stand as they ended."""
+    benchmarks = list(settings["benchmarks"])
+    return sorted(rows, key=lambda row: (benchmarks.index(row["benchmark"]), row["id"], row["sample"]))
+
+
+def read_rollouts(folder: str | Path) -> list[dict]:
+    """rollouts.jsonl of a run or an evaluation. Raises UserError if there is none in it."""
+    rows = read_jsonl(Path(folder) / "rollouts.jsonl")
+    fields = {"step", "id", "question", "answers", "answer", "stop", "f1", "em", "beliefs", "policy_tokens", "turns"}
+    if not rows or not all(fields <= row.keys() for row in rows):
+        raise UserError(f"{folder}/rollouts.jsonl: holds no rollouts.")
+    return rows
+
+
+def read_settings(folder: str | Path) -> dict:
+    """config.json of a run or an evaluation."""
+    try:
+        return dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{folder}/config.json: cannot be read ({first_line(e)}).") from None
 
 
 def number(x, digits: int = 4) -> float | None:
@@ -158,12 +181,12 @@ def write_report(path: Path, title: str, facts: dict, rows: list[dict], summary:
 def report(run: str) -> Path:
     """report.html for a folder with a rollouts.jsonl: of an evaluation, or of a training run (figures by tenths of the run)."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    rows = read_jsonl(folder / "rollouts.jsonl")
-    if not rows:
-        raise UserError(f"{folder}/rollouts.jsonl: no rollouts in it.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").is_file() else {}
-    if rows[0].get("step") is None:
-        facts, summary = describe(config) if "benchmarks" in config else {}, summarise(rows)
+    rows, config = read_rollouts(folder), read_settings(folder) if (folder / "config.json").exists() else {}
+    if rows[0]["step"] is None:
+        facts = {}
+        if "benchmarks" in config:
+            rows, facts = in_order(rows, config), describe(config)
+        summary = summarise(rows)
     else:
         last = max(row["step"] for row in rows)
         tenth = math.ceil(last / 10)
@@ -199,10 +222,7 @@ def read_run(folder: str) -> tuple[dict, list[dict]]:
         row["tokens"] = tokens
         if "belief_last" in row:
             row["belief_gain"] = row["belief_last"] - row["belief_first"]
-    try:
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")), rows
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder}/config.json: cannot be read ({first_line(e)}).") from None
+    return read_settings(folder), rows
 
 
 def curves(runs: list[tuple[dict, list[dict]]]) -> dict[str, dict]:
