@@ -2799,7 +2799,7 @@ def run_main(capsys, *argv):
 
 def test_eval_demo_whole_resumed_and_compared(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["--limit", 6, "--rollout_batch", 2, "--out", "a"]
+    command = ["--limit", 6, "--rollout_batch", 3, "--out", "a"]
     code, out, err = run_main(capsys, *command)
     assert code == 0, err
     assert "6 of 200, drawn with seed 0" in out and "| demo | 6 |" in out and "running" not in err and "F1" in err
@@ -2830,7 +2830,7 @@ def test_eval_demo_whole_resumed_and_compared(tmp_path, capsys, monkeypatch):
 
 def test_eval_samples_closed_book_and_one_turn(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run_main(capsys, "--limit", 2, "--n", 3, "--out", "n")
+    code, out, err = run_main(capsys, "--limit", 2, "--n", 3, "--max_turns", 3, "--out", "n")
     assert code == 0, err
     rows = [json.loads(text) for text in (tmp_path / "n/rollouts.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and {r["sample"] for r in rows} == {0, 1, 2} and "pass@n" in out and "temperature 1, 3 samples" in out
@@ -2856,10 +2856,10 @@ def test_eval_stops_when_the_search_is_down_and_goes_on_later(tmp_path, capsys, 
     monkeypatch.chdir(tmp_path)
     working = evaluation.open_run_search
     monkeypatch.setattr(evaluation, "open_run_search", lambda cfg: Down())
-    code, _, err = run_main(capsys, "--limit", 3, "--out", "a")
+    code, _, err = run_main(capsys, "--limit", 3, "--max_turns", 2, "--out", "a")
     assert code == 2 and "HTTP 503" in err and not (tmp_path / "a/rollouts.jsonl").read_text()
     monkeypatch.setattr(evaluation, "open_run_search", working)
-    assert run_main(capsys, "--limit", 3, "--out", "a")[0] == 0 and (tmp_path / "a/report.html").exists()
+    assert run_main(capsys, "--limit", 3, "--max_turns", 2, "--out", "a")[0] == 0 and (tmp_path / "a/report.html").exists()
 
 
 @pytest.mark.parametrize("argv, message", [
