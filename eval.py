@@ -235,7 +235,7 @@ def bootstrap(amounts: np.ndarray, counts: np.ndarray, resamples: int = 2000, se
     return np.concatenate(parts)
 
 
-def interval(value, replicates) -> dict:
+def interval(value, replicates) -> dict | None:
     """{"value", "low", "high"}, or None where the metric is not known."""
     if not math.isfinite(value):
         return None
@@ -380,7 +380,7 @@ def load_questions_of(args: argparse.Namespace, cfg: Config) -> tuple[dict[str, 
     """{benchmark: questions} and, for the report, {benchmark: what was taken of what}."""
     chosen, notes = {}, {}
     for name in args.benchmark:
-        label = name if name in BENCHMARKS or name == "demo" else Path(name).stem
+        label = name if name in BENCHMARKS or name == "demo" else Path(name.removesuffix(".gz")).stem
         sources: dict[str, list] = {}
         for row in read_benchmark(name):
             sources.setdefault(row.get("data_source", label), []).append(row)         # the official parquet holds several benchmarks

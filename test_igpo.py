@@ -3023,6 +3023,8 @@ def test_eval_large_reports_keep_whole_questions(tmp_path):
     reporting.write_report(tmp_path / "r.html", "t", {}, rows, summarise(rows), limit=25)
     data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "r.html").read_text(encoding="utf-8"), re.DOTALL)[1])
     assert len(data["rows"]) == 25 and sum(r["id"].startswith("once") for r in data["rows"]) == 1 and "40" in data["note"]
+    one = [line(id="one", step=s) for s in range(1, 61)]                           # a single question, too often there: every third of its rollouts
+    assert [r["step"] for r in reporting.whole_questions(one, 25)] == list(range(1, 61, 3))
 
 
 def test_eval_screenshots_differ_in_light_and_dark(tmp_path):

@@ -146,7 +146,7 @@ def page_row(row: dict, passages: dict[tuple, int]) -> dict:
 
 
 def whole_questions(rows: list[dict], limit: int) -> list[dict]:
-    """At most limit rollouts: whole questions, those of most steps first, since these can be compared."""
+    """At most limit rollouts: whole questions, those of most steps first, since these can be compared; if none fits, every n-th."""
     key = lambda row: (row.get("benchmark") if row.get("step") is None else "", row["id"])
     steps: dict[tuple, list] = {}
     for row in rows:
@@ -156,13 +156,13 @@ def whole_questions(rows: list[dict], limit: int) -> list[dict]:
         if len(steps[name]) <= limit:
             kept.add(name)
             limit -= len(steps[name])
-    return [row for row in rows if key(row) in kept]
+    return [row for row in rows if key(row) in kept] or rows[::math.ceil(len(rows) / limit)]
 
 
 def write_report(path: Path, title: str, facts: dict, rows: list[dict], summary: dict, limit: int = 4000) -> None:
     """One self-contained page. It may load nothing and run nothing but its own script; data is only ever shown as text."""
     shown = rows if len(rows) <= limit else whole_questions(rows, limit)
-    note = "" if shown is rows else f"The tables count all {len(rows):,} rollouts, the list holds {len(shown):,}, whole questions each."
+    note = "" if shown is rows else f"The tables count all {len(rows):,} rollouts, the list holds {len(shown):,} of them."
     passages: dict[tuple, int] = {}
     data = {"title": title, "facts": facts, "note": note, "tables": tables(summary),
             "help": {heading: what for heading, _, what in METRICS.values()},
