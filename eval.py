@@ -46,7 +46,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.download import fetch
-from igpo import (DEMO, SCHEMA, TAG, Config, Rollout, UserError, answer_words, begin, encode, exact_match, f1_score, finish,
+from igpo import (DEMO, SCHEMA, TAG, Config, Rollout, UserError, answer_words, begin, check_bounds, encode, exact_match, f1_score, finish,
                   first_line, gathered, join_processes, load_model, load_questions, locate, mean, open_run_search, process, read_config,
                   record, score, write_whole)
 from search_tool import SearchError, clean_text
@@ -363,13 +363,12 @@ def load_config(args: argparse.Namespace) -> Config:
                 raise UserError(f"--adapter {e} If it is a PEFT folder, give --model too.") from None
     elif "model" not in given:
         base = {name: DEMO[name] for name in INHERITED if name in DEMO}
-    cfg = Config(**{"temperature": 0.0 if args.n == 1 else 1.0, "group": 1, "gradient_checkpointing": False, **base, **given})
-    if args.n > 1 and cfg.temperature <= 0:
+    cfg = Config(**{"temperature": 0.0 if args.n == 1 else 1.0, "gradient_checkpointing": False, **base, **given})
+    check_bounds(cfg)
+    if cfg.temperature < 0:
+        raise UserError("--temperature must be at least 0, which is greedy.")
+    if args.n > 1 and cfg.temperature == 0:
         raise UserError("--n samples of a greedy rollout are all alike: give a --temperature above 0.")
-    least = {"max_turns": 1, "max_new_tokens": 1, "max_info_tokens": 0, "top_k": 1, "rollout_batch": 1, "batch_tokens": 1, "temperature": 0}
-    for name, bound in least.items():
-        if not bound <= getattr(cfg, name) < math.inf:      # which nan is not
-            raise UserError(f"--{name} must be at least {bound}.")
     strange = next((name for name in args.benchmark if name != "demo"), None)
     if strange and cfg.search == Config().search and "search" not in given and not args.no_search:
         raise UserError(f"--search: the demo's corpus knows nothing of {strange}. Say where to search, see search_tool.py, or --no_search.")

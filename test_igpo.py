@@ -2864,7 +2864,7 @@ def test_eval_stops_when_the_search_is_down_and_goes_on_later(tmp_path, capsys, 
 
 @pytest.mark.parametrize("argv, message", [
     (["--benchmark", "nq"], "--search"), (["--n", "2", "--temperature", "0"], "--n samples"), (["--adapter", "nowhere", "--model", "x"], "adapter_config"), (["--adapter", "nowhere"], "give --model"),
-    (["--max_turns", "0"], "at least 1"), (["--temperature", "nan"], "at least 0"), (["--benchmark", "nosuch"], "nosuch"),
+    (["--max_turns", "0"], "at least 1"), (["--temperature", "nan"], "--temperature"), (["--temperature", "-1"], "at least 0"), (["--benchmark", "nosuch"], "nosuch"),
     (["--model", "nosuch"], "--model nosuch"), (["--compare", "nowhere", "nowhere"], "cannot be read"), (["--report", "nowhere"], "cannot be read"), (["--report", str(HERE / "benchmarks")], "rollouts.jsonl"),
     (["--plot", "nowhere"], "cannot be read")])
 def test_eval_mistakes_are_told_in_one_line(tmp_path, capsys, monkeypatch, argv, message):
