@@ -79,7 +79,7 @@ def read_benchmark(name: str, split: str = "test") -> list[dict]:
 
     Files: this project's jsonl, FlashRAG's jsonl, HotpotQA's and 2Wiki's json, MuSiQue's jsonl, the official IGPO parquet.
     """
-    path = locate(f"demo/{split}.jsonl") if name == "demo" else str(fetch(name, split)) if name in BENCHMARKS else name
+    path = str(fetch(name, split)) if name in BENCHMARKS else locate(f"demo/{split}.jsonl") if name == "demo" else name
     if not Path(path).is_file():
         raise UserError(f"{path}: neither a file nor one of demo, {', '.join(BENCHMARKS)}.")
     try:
@@ -316,8 +316,10 @@ def closed_book(model, tokenizer, rollouts: list[Rollout], cfg: Config) -> Itera
     for r in finish(model, tokenizer, rollouts, None, replace(cfg, max_turns=1)):
         # To finish() the turn has no thought and so is broken. All that matters here is whether an answer is closed.
         text, closed, _ = tokenizer.decode([i for i, by_policy in zip(r.ids, r.mask) if by_policy]).partition("</answer>")
-        right = closed and text.strip() and not TAG.search(text)
-        r.stop, r.answer = ("answer", text.strip()) if right else ("length" if r.stop == "length" else "format", None)
+        if closed and text.strip() and not TAG.search(text):
+            r.stop, r.answer = "answer", text.strip()
+        else:
+            r.stop, r.answer = "length" if r.stop == "length" else "format", None
         yield r
 
 

@@ -2998,10 +2998,11 @@ def test_eval_report_of_a_training_run(tmp_path, capsys):
     body = dom[dom.index("<header"):]                        # what the script made, after the data
     assert body.count("<section>") == 3 and all(f">step {s}</p>" in body for s in (1, 7, 12)) and "steps 1–2" in body
     # A question of one step alone: its rollouts side by side, under the names that tell them apart
-    at = next(i for i, r in enumerate(rows) if r["id"] == "s2")
+    at = next(i for i, r in enumerate(rows) if r["id"] == "s11")
     alone = browse(f"file://{tmp_path}/report.html#side=1&at={at}", tmp_path, "--dump-dom")[0]
     alone = alone[alone.index("<header"):]
-    assert alone.count("<section>") == 2 and all(f">step 2, rollout {k}</p>" in alone for k in (1, 2))
+    assert alone.count("<section>") == 2 and all(f">step 11, rollout {k}</p>" in alone for k in (1, 2))
+    assert alone.count('aria-current="true"') == 1                                # of the list only what is in sight exists: it was scrolled there
     assert body.count('return <b>+1.50</b>') == 3 and body.count('return <b>−0.50</b>') == 3 and ">igpo</dd>" in body
 
 
