@@ -11,6 +11,7 @@
 
 An evaluation writes results/<name>/: rollouts.jsonl (what happened), results.json and results.md (the figures) and
 report.html (a page to read it all). The same command goes on where it was stopped. Figures are made from rollouts.jsonl alone.
+Tables, page and curves are drawn in benchmarks/report.py, benchmarks are downloaded in benchmarks/download.py.
 
 How an answer is found and scored; published figures differ because these rules do:
   1. The answer is what the policy wrote between <answer> and </answer>, in a turn of the right form. A turn ends at its

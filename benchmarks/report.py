@@ -98,7 +98,7 @@ def write_results(out: Path, settings: dict, rows: list[dict]) -> str:
     versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, peft, np)}, **code}
     write_whole(out / "results.json", json.dumps({"results": summary, "settings": settings, "versions": versions}, indent=1) + "\n")
     write_whole(out / "results.md", text)
-    write_report(out / "report.html", out.name, describe(settings), rows, summary)
+    write_report(out / "report.html", out.resolve().name, describe(settings), rows, summary)
     return text
 
 
