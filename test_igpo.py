@@ -2511,6 +2511,9 @@ def test_search_command_line(search_home):
 
 # ==== eval.py ============================================================================================================
 
+from benchmarks import download as downloading  # noqa: E402
+from benchmarks import report as reporting  # noqa: E402
+
 
 def test_eval_docstring_examples():
     import doctest
@@ -2526,7 +2529,7 @@ FORMATS = {
     "flashrag.jsonl": [{"id": "test_0", "question": "Who?", "golden_answers": ["Ann"], "metadata": {"supporting_facts": {"title": ["T", "T", "U"], "sent_id": [0, 1, 0]}}},
                        {"id": "test_1", "question": "When?", "golden_answers": ["1999"], "metadata": {"question_decomposition": [
                            {"support_paragraph": {"title": "V"}}, {"support_paragraph": None}]}}],
-    "hotpot.json": HOTPOT,
+    "hotpot.json": [*HOTPOT, {"question": "When?", "answers": "1999"}],
     "musique.jsonl": [{"id": "2hop__1", "question": "Who?", "answer": "Ann", "answer_aliases": ["Anna"], "answerable": True,
                        "paragraphs": [{"idx": 0, "title": "T", "paragraph_text": "..", "is_supporting": True}, {"idx": 1, "title": "U", "paragraph_text": "..", "is_supporting": False}]},
                       {"id": "2hop__2", "question": "Who?", "answer": "Bo", "answer_aliases": [], "answerable": False, "paragraphs": []}],
@@ -2534,7 +2537,7 @@ FORMATS = {
 EXPECTED = {
     "ours.jsonl": [{"id": "a", "question": "Who?", "answers": ["Ann"], "supporting": ["p1", "p2"], "hops": 2}],
     "flashrag.jsonl": [{"id": "test_0", "question": "Who?", "answers": ["Ann"], "supporting": ["T", "U"]}, {"id": "test_1", "question": "When?", "answers": ["1999"], "supporting": ["V"]}],
-    "hotpot.json": [{"id": "h1", "question": "Who?", "answers": ["Ann Lee"], "supporting": ["Ann", "Bo"]}],
+    "hotpot.json": [{"id": "h1", "question": "Who?", "answers": ["Ann Lee"], "supporting": ["Ann", "Bo"]}, {"id": "2", "question": "When?", "answers": ["1999"]}],
     "musique.jsonl": [{"id": "2hop__1", "question": "Who?", "answers": ["Ann", "Anna"], "supporting": ["T"]}],
 }
 
@@ -2573,7 +2576,8 @@ def test_eval_says_what_parquet_needs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, text, message", [
     ("x.json", "[{", "cannot be read"), ("x.json", "[]", "no questions"), ("x.json", '[{"question": "Who?"}]', "question 1 has no answer"),
-    ("x.json", "[3]", "question 1 is in no format"), ("x.jsonl", '{"question": "Who?", "answers": "a"}\n{"question"', "x.jsonl:2"),
+    ("x.json", "[3]", "question 1 is in no format"), ("x.json", '[{"question": "\\ud800?", "answer": "a"}]', "question 1 is in no format"),
+    ("x.jsonl", '{"question": "Who?", "answers": "a"}\n{"question"', "x.jsonl:2"),
     ("x.parquet", "no parquet", "parquet"), (None, "", "neither a file nor one of demo, nq")])
 def test_eval_refuses_in_one_line(tmp_path, name, text, message):
     if name:
@@ -2638,8 +2642,8 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(evaluation, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(evaluation, "WAIT", 0.01)
+    monkeypatch.setattr(downloading, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(downloading, "WAIT", 0.01)
     base = "/datasets/RUC-NLPIR/FlashRAG_datasets/resolve/main"
     lines = "".join(json.dumps({"id": f"dev_{k}", "question": f"q {k}", "golden_answers": [f"a {k}"], "metadata": {"page": "x" * 6000}}) + "\n" for k in range(60)).encode()
     Hub.files, Hub.script, Hub.log = {f"{base}/hotpotqa/dev.jsonl": lines, f"{base}/hotpotqa/train.jsonl": lines.replace(b"dev_", b"train_"), f"{base}/nq/test.jsonl": lines}, [], []
@@ -2774,7 +2778,7 @@ def test_eval_summary_and_samples_by_hand():
     assert s["macro average"]["f1_paper"]["value"] == pytest.approx((0.2 + 1) / 2)
     assert s["b"]["recall"]["value"] == 0.5 and s["c"]["recall"] is None
     assert (s["b"]["f1_paper"]["low"], s["b"]["f1_paper"]["high"]) == (0.0, pytest.approx(0.4))                    # both resamples of one question are common
-    text = evaluation.markdown_table(evaluation.tables(s)[0][1])
+    text = reporting.markdown_table(reporting.tables(s)[0][1])
     assert "| b | 2 | 20.0 [0.0, 40.0] |" in text and "pass@n" in text
 
 
@@ -2826,7 +2830,7 @@ def run_main(capsys, *argv):
 
 def test_eval_demo_whole_resumed_and_compared(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["--limit", 6, "--rollout_batch", 2, "--out", "a"]
+    command = ["--limit", 6, "--rollout_batch", 3, "--out", "a"]
     code, out, err = run_main(capsys, *command)
     assert code == 0, err
     assert "6 of 200, drawn with seed 0" in out and "| demo | 6 |" in out and "running" not in err and "F1" in err
@@ -2857,7 +2861,7 @@ def test_eval_demo_whole_resumed_and_compared(tmp_path, capsys, monkeypatch):
 
 def test_eval_samples_closed_book_and_one_turn(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run_main(capsys, "--limit", 2, "--n", 3, "--out", "n")
+    code, out, err = run_main(capsys, "--limit", 2, "--n", 3, "--max_turns", 3, "--out", "n")
     assert code == 0, err
     rows = [json.loads(text) for text in (tmp_path / "n/rollouts.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and {r["sample"] for r in rows} == {0, 1, 2} and "pass@n" in out and "temperature 1, 3 samples" in out
@@ -2883,19 +2887,22 @@ def test_eval_stops_when_the_search_is_down_and_goes_on_later(tmp_path, capsys, 
     monkeypatch.chdir(tmp_path)
     working = evaluation.open_run_search
     monkeypatch.setattr(evaluation, "open_run_search", lambda cfg: Down())
-    code, _, err = run_main(capsys, "--limit", 3, "--out", "a")
+    code, _, err = run_main(capsys, "--limit", 3, "--max_turns", 2, "--out", "a")
     assert code == 2 and "HTTP 503" in err and not (tmp_path / "a/rollouts.jsonl").read_text()
     monkeypatch.setattr(evaluation, "open_run_search", working)
-    assert run_main(capsys, "--limit", 3, "--out", "a")[0] == 0 and (tmp_path / "a/report.html").exists()
+    assert run_main(capsys, "--limit", 3, "--max_turns", 2, "--out", "a")[0] == 0 and (tmp_path / "a/report.html").exists()
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--benchmark", "nq"], "--search"), (["--n", "2", "--temperature", "0"], "--n samples"), (["--adapter", "nowhere", "--model", "x"], "adapter_config"), (["--adapter", "nowhere"], "give --model"),
-    (["--max_turns", "0"], "at least 1"), (["--compare", "nowhere", "nowhere"], "cannot be read"), (["--report", "nowhere"], "cannot be read"), (["--plot", "nowhere"], "cannot be read")])
+    (["--max_turns", "0"], "at least 1"), (["--temperature", "nan"], "--temperature"), (["--temperature", "-1"], "at least 0"), (["--benchmark", "nosuch"], "nosuch"),
+    (["--model", "nosuch"], "--model nosuch"), (["--compare", "nowhere", "nowhere"], "cannot be read"), (["--report", "nowhere"], "cannot be read"), (["--report", str(HERE / "benchmarks")], "rollouts.jsonl"),
+    (["--plot", "nowhere"], "cannot be read")])
 def test_eval_mistakes_are_told_in_one_line(tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     code, _, err = run_main(capsys, *argv)
     assert code == 2 and message in err and err.startswith("eval: ") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())                                           # and no empty folder is left behind
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -2945,7 +2952,7 @@ def serve(folder, seen):
 
 
 def test_eval_report_allows_only_itself(tmp_path):
-    evaluation.write_report(tmp_path / "report.html", f"a {EVIL}", {"Model": EVIL}, many(5), summarise(many(5)))
+    reporting.write_report(tmp_path / "report.html", f"a {EVIL}", {"Model": EVIL}, many(5), summarise(many(5)))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in page and "unsafe" not in page.split("</head>")[0]
     assert page.count("<script") == 2 and page.count("</script") == 2 and "<img" not in page and "<svg" not in page and not re.search(r"<[^>]*\b(src|href)\s*=", page.split("<style>")[0])
@@ -2959,7 +2966,7 @@ def test_eval_report_allows_only_itself(tmp_path):
 def test_eval_report_in_a_browser(tmp_path):
     """2,000 rollouts that try to be script. A page around the report presses keys and filters, as a person would."""
     chromium()
-    evaluation.write_report(tmp_path / "report.html", f"a {EVIL}", {"Model": EVIL}, many(2000), summarise(many(60)))
+    reporting.write_report(tmp_path / "report.html", f"a {EVIL}", {"Model": EVIL}, many(2000), summarise(many(60)))
     (tmp_path / "person.html").write_text("""<!doctype html><body><iframe id=f src="report.html" width=1300 height=1000></iframe><script>
       const log = {}, start = performance.now();
       document.getElementById("f").onload = () => {
@@ -2974,7 +2981,8 @@ def test_eval_report_in_a_browser(tmp_path):
         const set = (id, value, type) => { q("#" + id).value = value; q("#" + id).dispatchEvent(new w.Event(type)); };
         set("result", "right", "change"); log.right = q("#count").textContent; set("benchmark", "b1", "change"); log.both = q("#count").textContent; log.first = q("h2").textContent.slice(0, 11);
         set("result", "", "change"); set("benchmark", "", "change"); set("q", "NEEDLE1234", "input"); log.found = q("#count").textContent; log.hash = w.location.hash;
-        set("q", "", "input"); set("stop", "answer", "change"); log.stop = q("#count").textContent; const t = performance.now(); for (let i = 0; i < 50; i++) press("j"); log.step = (performance.now() - t) / 50;
+        set("q", "", "input"); set("stop", "answer", "change"); q("#stop").focus(); q("#stop").dispatchEvent(new w.KeyboardEvent("keydown", {key: "j", bubbles: true}));
+        log.chosen = q("h2").textContent.slice(0, 11); press("k"); log.stop = q("#count").textContent; const t = performance.now(); for (let i = 0; i < 50; i++) press("j"); log.step = (performance.now() - t) / 50;
         log.far = q("h2").textContent.slice(0, 12); log.current = q(".item[aria-current=true] b").textContent.slice(0, 12); log.nodesAfter = d.querySelectorAll("*").length;
         document.body.replaceChildren(JSON.stringify(log));
       };</script>""")
@@ -2995,7 +3003,7 @@ def test_eval_report_in_a_browser(tmp_path):
     assert log["count"] == "2,000 of 2,000 rollouts" and log["items"] < 40 and log["nodes"] < 2000 and log["nodesAfter"] < 2000
     assert log["pills"] == ["gain +0.50", "gain \u22120.25"] and ["up" in t.split() for t in log["tones"]] == [True, False] and log["folded"] == 0
     assert log["line"] == 3 and log["act"] == ["searches forneedle0", "searches forq", "answersred fox"]
-    assert log["next"] == "Question 1?" and log["back"] == "Question 0?"
+    assert log["next"] == "Question 1?" and log["back"] == "Question 0?" and log["chosen"] == "Question 1?"      # keys work while a filter has the focus
     assert log["right"] == "667 of 2,000 rollouts" and log["both"] == "333 of 2,000 rollouts" and log["first"] == "Question 3?"      # 0, 3 .. 1998; of these the odd ones
     assert log["found"] == "1 of 2,000 rollouts" and "q=NEEDLE1234" in log["hash"]
     assert log["stop"] == "2,000 of 2,000 rollouts" and log["far"] == log["current"] == "Question 50?"
@@ -3020,18 +3028,39 @@ def test_eval_report_of_a_training_run(tmp_path, capsys):
     dom, _ = browse(f"file://{tmp_path}/report.html#side=1", tmp_path, "--dump-dom")
     body = dom[dom.index("<header"):]                        # what the script made, after the data
     assert body.count("<section>") == 3 and all(f">step {s}</p>" in body for s in (1, 7, 12)) and "steps 1–2" in body
+    # A question of one step alone: its rollouts side by side, under the names that tell them apart
+    at = next(i for i, r in enumerate(rows) if r["id"] == "s11")
+    alone = browse(f"file://{tmp_path}/report.html#side=1&at={at}", tmp_path, "--dump-dom")[0]
+    alone = alone[alone.index("<header"):]
+    assert alone.count("<section>") == 2 and all(f">step 11, rollout {k}</p>" in alone for k in (1, 2))
+    assert alone.count('aria-current="true"') == 1                                # of the list only what is in sight exists: it was scrolled there
     assert body.count('return <b>+1.50</b>') == 3 and body.count('return <b>−0.50</b>') == 3 and ">igpo</dd>" in body
+
+
+def test_eval_reports_and_compares_only_rollouts(tmp_path, capsys):
+    """rollouts.jsonl of something else, and a config.json that was cut: one line each. Without config.json the page is there all the same."""
+    (tmp_path / "rollouts.jsonl").write_text('{"question": "Who?", "answers": ["a"]}\n')
+    for command in (["--report", tmp_path], ["--compare", tmp_path, tmp_path]):
+        code, _, err = run_main(capsys, *command)
+        assert code == 2 and "holds no rollouts" in err and err.count("\n") == 1
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many(3)))
+    assert run_main(capsys, "--report", tmp_path)[0] == 0 and (tmp_path / "report.html").is_file()
+    (tmp_path / "config.json").write_text('{"benchmarks"')
+    code, _, err = run_main(capsys, "--report", tmp_path)
+    assert code == 2 and "config.json: cannot be read" in err and err.count("\n") == 1
 
 
 def test_eval_large_reports_keep_whole_questions(tmp_path):
     rows = [line(id=str(k), step=s) for s in (1, 2, 3) for k in range(10)] + [line(id=f"once{k}", step=4) for k in range(10)]
-    evaluation.write_report(tmp_path / "r.html", "t", {}, rows, summarise(rows), limit=25)
+    reporting.write_report(tmp_path / "r.html", "t", {}, rows, summarise(rows), limit=25)
     data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "r.html").read_text(encoding="utf-8"), re.DOTALL)[1])
     assert len(data["rows"]) == 25 and sum(r["id"].startswith("once") for r in data["rows"]) == 1 and "40" in data["note"]
+    one = [line(id="one", step=s) for s in range(1, 61)]                           # a single question, too often there: every third of its rollouts
+    assert [r["step"] for r in reporting.whole_questions(one, 25)] == list(range(1, 61, 3))
 
 
 def test_eval_screenshots_differ_in_light_and_dark(tmp_path):
-    evaluation.write_report(tmp_path / "r.html", "t", {}, many(20), summarise(many(20)))
+    reporting.write_report(tmp_path / "r.html", "t", {}, many(20), summarise(many(20)))
     sizes = []
     for scheme in (1, 0):
         browse(f"file://{tmp_path}/r.html", tmp_path, f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={tmp_path}/{scheme}.png")
@@ -3055,17 +3084,21 @@ def write_run(folder, seed, credit="igpo", lift=0.0):
 def test_eval_plot_by_hand(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     runs = [write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1, lift=0.2), write_run(tmp_path / "c", 0, credit="grpo")]
-    series = evaluation.curves([evaluation.read_run(r) for r in runs])
+    series = reporting.curves([reporting.read_run(r) for r in runs])
     assert list(series) == ["igpo", "grpo"] and series["igpo"]["seeds"] == 2 and series["grpo"]["seeds"] == 1
     # tokens: 100 + 200 and 110 + 210, mean 310; F1 .1 and .3, then .3 and .5
     assert series["igpo"]["eval_f1"] == [(0, 0, pytest.approx(0.2), 0.1, pytest.approx(0.3)), (2, 310, pytest.approx(0.4), 0.3, 0.5)]
     assert series["igpo"]["belief_gain"] == [(1, 105, pytest.approx(1.1), 1.0, pytest.approx(1.2)), (2, 310, pytest.approx(1.1), 1.0, pytest.approx(1.2))]
-    figure = evaluation.plot(runs, str(tmp_path / "curves.png"))
+    figure = reporting.plot(runs, str(tmp_path / "curves.png"))
     steps, tokens, signal, gain = figure.axes
     assert [list(l.get_xdata()) for l in steps.lines] == [[0, 2], [0, 2]] and [list(l.get_xdata()) for l in tokens.lines] == [[0, 310], [0, 300]]
     assert list(steps.lines[0].get_ydata()) == pytest.approx([0.2, 0.4]) and len(steps.collections) == 1                   # one band: two seeds
     assert [l.get_label() for l in signal.lines] == ["igpo, outcome only", "igpo, with gains", "grpo, outcome only", "grpo, with gains"]
     assert list(signal.lines[0].get_ydata()) == pytest.approx([0.6, 0.6]) and list(gain.lines[1].get_ydata()) == pytest.approx([1.0, 1.0])
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["igpo (2 seeds, band: least to greatest)", "grpo"]      # once, below
+    assert [t.get_text() for t in signal.get_legend().get_texts()] == ["outcome only", "with gains"] and not steps.get_legend()
+    named = [({"credit": "igpo", "train": f"/some/where/{name}.jsonl", "rollout_batch": size}, []) for name, size in (("a", 64), ("b", 8), ("a", 8))]
+    assert {label: s["seeds"] for label, s in reporting.curves(named).items()} == {"train a.jsonl": 2, "train b.jsonl": 1}
     assert run_main(capsys, "--plot", *runs, "-o", tmp_path / "c.png")[0] == 0
     assert (tmp_path / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (tmp_path / "c.png").stat().st_size > 20_000
 
