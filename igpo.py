@@ -1139,52 +1139,9 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def memory_card(model, cfg: Config) -> dict[str, int]:
-    """Bytes a run needs at most, by arithmetic on shapes alone: the README's formula under "What fits", in its letters."""
-    c = unwrap(model).config.get_text_config()
-    L, H, V, heads = c.num_hidden_layers, c.hidden_size, c.vocab_size, c.num_attention_heads
-    I = getattr(c, "intermediate_size", None) or 4 * H
-    D = (getattr(c, "num_key_value_heads", None) or heads) * (getattr(c, "head_dim", None) or H // heads)
-    s = unwrap(model).dtype.itemsize
-    T = min(300 + cfg.max_turns * cfg.max_new_tokens + (cfg.max_turns - 1) * cfg.max_info_tokens, context_length(unwrap(model)))
-    N, W = max(cfg.batch_tokens, T), 40 * H + (4 + 3 * s) * I       # W: bytes that a token leaves in a layer for the backward
-    kept, again = (H * s, W) if cfg.gradient_checkpointing else (W, 0)
-    size = {on: sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad == on) for on in (True, False)}
-    card = {"weights": size[False], "adapter": 4 * size[True],      # LoRA, its gradient, two moments of AdamW
-            "rollouts": cfg.rollout_batch * (2 * L * D * s * T + 16 * I * cfg.max_info_tokens),
-            "update": L * N * kept + max(N * (8 * (H + I) + again), 16 * HEAD_CHUNK * V)}
-    return {**card, "peak": card["weights"] + card["adapter"] + max(card["rollouts"], card["update"])}
-
-
-def device_memory() -> int:
-    """Bytes that the GPU has, if there is one, else the machine."""
-    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def fit(model, cfg: Config) -> Config:
-    """cfg with rollout_batch and batch_tokens halved until the estimate is within nine tenths of the device, as far as that helps."""
-    card = memory_card(model, cfg)
-    while card["peak"] > 0.9 * device_memory():
-        name = "rollout_batch" if card["rollouts"] > card["update"] else "batch_tokens"
-        less = replace(cfg, **{name: max(getattr(cfg, name) // 2, 1)})
-        before, card = card, memory_card(model, less)
-        if card["peak"] == before["peak"]:
-            break
-        cfg = less
-    return cfg
-
-
-def memory_line(model, cfg: Config) -> str:
-    """memory_card() in one line, with what the device has."""
-    card, there = memory_card(model, cfg), device_memory()
-    mb = {key: f"{value / 2**20:,.0f}" for key, value in {**card, "there": there}.items()}
-    return (f"Memory at most, computed: weights {mb['weights']} MB + adapter and optimizer {mb['adapter']} + the larger of rollouts {mb['rollouts']} "
-            f"(--rollout_batch {cfg.rollout_batch}) and update {mb['update']} (--batch_tokens {cfg.batch_tokens}) = {mb['peak']} MB of {mb['there']}."
-            + " That may not fit." * (card["peak"] > there))
-
-
 def train(cfg: Config) -> Path:
     """The whole run; returns its folder. Ctrl-C, SIGTERM or an error, of this process or another: the last whole step is saved."""
+    from benchmarks.memory import fit, memory_line      # here, since it imports this file
     rank = process()[0]
     if rank:
         gathered([])      # the first process goes first: what it downloads and indexes the others find

@@ -46,6 +46,7 @@ import igpo
 import search_tool
 from benchmarks import check as checking
 from benchmarks import comparators
+from benchmarks import memory as sizes
 from benchmarks.comparators import comparator_returns, gigpo_returns, stepsearch_rewards
 from eval import bootstrap, compare, cover_em, load_benchmark, measure, read_benchmark, summarise
 from igpo import (Config, Rollout, UserError, credit, exact_match, f1_score, finish, glossary, info_gains, outcome_reward, parse_turn,
@@ -583,31 +584,31 @@ def test_memory_card_by_hand(capsys):
                                       max_position_embeddings=100, tie_word_embeddings=True))
     model = get_peft_model(lm, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
     cfg = Config(max_turns=2, max_new_tokens=10, max_info_tokens=20, rollout_batch=3, batch_tokens=50, gradient_checkpointing=False)
-    card = igpo.memory_card(model, cfg)
+    card = sizes.memory_card(model, cfg)
     # q 64 + 8, k and v 32 + 4 each, o 64, MLP 3 * 128, norms 16: 608 a layer; words 80, last norm 8
     assert card["weights"] == 4 * (2 * 608 + 80 + 8)
     assert card["adapter"] == 4 * 4 * 2 * (16 + 12 + 12 + 16 + 24 + 24 + 24)
     assert card["rollouts"] == 3 * (2 * 2 * 4 * 4 * 100 + 16 * 16 * 20)
     assert card["update"] == 2 * 100 * 576 + 16 * 256 * 10                         # W = 320 + 16 * 16 = 576; the head's 40,960 is more than 100 * 8 * 24
     assert card["peak"] == 5216 + 4096 + 115_200 + 40_960
-    again = igpo.memory_card(model, replace(cfg, gradient_checkpointing=True))
+    again = sizes.memory_card(model, replace(cfg, gradient_checkpointing=True))
     assert again["update"] == 2 * 100 * 8 * 4 + 100 * (8 * 24 + 576)
-    said = igpo.memory_line(model, replace(cfg, rollout_batch=10**9))
+    said = sizes.memory_line(model, replace(cfg, rollout_batch=10**9))
     assert "\n" not in said and "--rollout_batch 1000000000" in said and said.endswith("That may not fit.")
 
 
 def test_batch_sizes_are_lowered_until_they_fit(demo, monkeypatch):
     model, *_, cfg = demo
     cfg = replace(cfg, rollout_batch=64, batch_tokens=65_536)
-    assert igpo.fit(model, cfg) == cfg                                            # all of it fits: nothing is touched
+    assert sizes.fit(model, cfg) == cfg                                            # all of it fits: nothing is touched
     for memory in (2**28, 2**27, 3 * 2**25):
-        monkeypatch.setattr(igpo, "device_memory", lambda: memory)
-        less = igpo.fit(model, cfg)
-        assert igpo.memory_card(model, less)["peak"] <= 0.9 * memory and (less.rollout_batch < 64 or less.batch_tokens < 65_536)
+        monkeypatch.setattr(sizes, "device_memory", lambda: memory)
+        less = sizes.fit(model, cfg)
+        assert sizes.memory_card(model, less)["peak"] <= 0.9 * memory and (less.rollout_batch < 64 or less.batch_tokens < 65_536)
         assert replace(less, rollout_batch=64, batch_tokens=65_536) == cfg        # and nothing else is changed
-        assert igpo.memory_card(model, replace(less, rollout_batch=2 * less.rollout_batch, batch_tokens=2 * less.batch_tokens))["peak"] > 0.9 * memory
-    monkeypatch.setattr(igpo, "device_memory", lambda: 2**20)
-    assert igpo.fit(model, cfg).rollout_batch >= 1 and "may not fit" in igpo.memory_line(model, igpo.fit(model, cfg))
+        assert sizes.memory_card(model, replace(less, rollout_batch=2 * less.rollout_batch, batch_tokens=2 * less.batch_tokens))["peak"] > 0.9 * memory
+    monkeypatch.setattr(sizes, "device_memory", lambda: 2**20)
+    assert sizes.fit(model, cfg).rollout_batch >= 1 and "may not fit" in sizes.memory_line(model, sizes.fit(model, cfg))
 
 
 def test_forced_tokens_get_no_gradient(demo, played):
@@ -1832,7 +1833,7 @@ BREAKS = {  # what is broken: (how, options, {check: status} that must get worse
     "a search that is down": (searching(lambda query: Results(error="connection refused")), {}, {"searches": "fail"}),
     "a search that is down now and then": (searching(lambda query: Results(error="refused") if len(query) % 3 == 0 else [Passage("1", "t", "x")]), {}, {"searches": "warn"}),
     "a search that finds nothing": (searching(lambda query: Results()), {}, {"searches": "fail"}),
-    "more than the machine holds": (lambda monkeypatch: monkeypatch.setattr(igpo, "device_memory", lambda: 2**20), {}, {"memory": "fail"}),
+    "more than the machine holds": (lambda monkeypatch: monkeypatch.setattr(sizes, "device_memory", lambda: 2**20), {}, {"memory": "fail"}),
     "more at once than the machine holds": (lambda monkeypatch: None, dict(batch_tokens=10**9), {"memory": "warn"}),
     "rollouts that all earn the same": (wrapping("outcome_reward", lambda honest, *a: 0.0), dict(credit="grpo"), {"signal": "fail"}),
     "out of memory while scoring": (wrapping("score", lambda honest, *a: torch.empty(2**60)), {},

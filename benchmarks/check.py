@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import igpo
+from benchmarks import memory as sizes
 from eval import cover_em
 
 QUESTIONS, GROUP, PROBES = 4, 4, 50      # questions rolled out, rollouts of each, questions given to the search as they are
@@ -296,9 +297,9 @@ def findable(t):
 # ---- the machine, and what there is to learn -------------------------------------------------------------------------
 
 def memory(t):
-    cfg = igpo.fit(t.model, t.cfg)
-    peak, have = igpo.memory_card(t.model, cfg)["peak"], igpo.device_memory()
-    figure = igpo.memory_line(t.model, cfg).removeprefix("Memory at most, computed: ")
+    cfg = sizes.fit(t.model, t.cfg)
+    peak, have = sizes.memory_card(t.model, cfg)["peak"], sizes.device_memory()
+    figure = sizes.memory_line(t.model, cfg).removeprefix("Memory at most, computed: ")
     mend = "a run lowers the two batch sizes until it fits; for more room a smaller model, --dtype bfloat16, --gradient_checkpointing"
     return "fail" if peak > have else "warn" if cfg != t.cfg or peak > 0.8 * have else "pass", figure, mend
 

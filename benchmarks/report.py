@@ -111,7 +111,7 @@ def in_order(rows: list[dict], settings: dict) -> list[dict]:
 def read_rollouts(folder: str | Path) -> list[dict]:
     """rollouts.jsonl of a run or an evaluation. Raises UserError if there is none in it."""
     rows = read_jsonl(Path(folder) / "rollouts.jsonl")
-    fields = {"step", "id", "question", "answers", "answer", "stop", "f1", "em", "beliefs", "policy_tokens", "turns"}
+    fields = {"id", "question", "answers", "answer", "stop", "f1", "em", "beliefs", "policy_tokens", "turns"}
     if not rows or not all(fields <= row.keys() for row in rows):
         raise UserError(f"{folder}/rollouts.jsonl: holds no rollouts.")
     return rows
@@ -182,7 +182,7 @@ def report(run: str) -> Path:
     """report.html for a folder with a rollouts.jsonl: of an evaluation, or of a training run (figures by tenths of the run)."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     rows, config = read_rollouts(folder), read_settings(folder) if (folder / "config.json").exists() else {}
-    if rows[0]["step"] is None:
+    if rows[0].get("step") is None:
         facts = {}
         if "benchmarks" in config:
             rows, facts = in_order(rows, config), describe(config)

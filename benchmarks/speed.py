@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/speed.py       the demo policy and a Qwen2.5-0.5B shape: writes speed.md and speed.json
     python benchmarks/speed.py --quick                 the demo policy alone, nothing written; the last line is one JSON object
-    python benchmarks/speed.py --memory                what fits 8, 16, 24 and 80 GB, computed by igpo.memory_card: the README's table
+    python benchmarks/speed.py --memory                what fits 8, 16, 24 and 80 GB, computed by benchmarks/memory.py: the README's table
 
 All forms of a thing are timed in one process and take turns. A ratio is that of two neighbours in one repetition, given as least,
 median and greatest over the repetitions. Seconds are CPU seconds of one thread, so that what else the machine does matters little.
@@ -49,6 +49,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, Q
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import igpo  # noqa: E402
+from benchmarks.memory import memory_card  # noqa: E402
 from igpo import DEMO, SCHEMA, Config, Rollout, by_tokens, encode, encode_information, forward_scores, left_pad, unwrap  # noqa: E402
 from search_tool import Passage, open_search  # noqa: E402
 
@@ -452,10 +453,10 @@ def memory_table() -> str:
     rows = []
     for size, shape in QWEN.items():
         model = qwen(shape, torch.bfloat16, checkpointing=True, device="meta")
-        card = igpo.memory_card(model, Config())
+        card = memory_card(model, Config())
         rows.append([size] + [f"{card[key] / 2**30:.1f}" for key in ("weights", "adapter", "rollouts", "update", "peak")])
         for memory in (8, 16, 24, 80):
-            batch, tokens = (max((v for v in values if igpo.memory_card(model, Config(**{"rollout_batch": 1, "batch_tokens": 1, option: v}))["peak"] <= 0.9 * memory * 2**30),
+            batch, tokens = (max((v for v in values if memory_card(model, Config(**{"rollout_batch": 1, "batch_tokens": 1, option: v}))["peak"] <= 0.9 * memory * 2**30),
                                  default=0) for option, values in (("rollout_batch", [2**k for k in range(9)]), ("batch_tokens", [2**k for k in range(12, 17)])))
             rows[-1].append(f"{batch} / {tokens:,}" if batch and tokens else "no")
     return "\n".join(table(["Qwen2.5", "weights", "adapter", "rollouts", "update", "peak", "8 GB", "16 GB", "24 GB", "80 GB"], rows))
