@@ -140,6 +140,21 @@ def show(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {t * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
 
 
+def summary(finals: list[dict]) -> list[str]:
+    """The README's table: a row a setting, test F1 and area under the dev curve by regime."""
+    lines = ["\n**All settings**: test F1 in the end and area under the curve of dev F1, mean over (seeds)\n",
+             "| setting | options | " + " | ".join(f"{regime}: test F1 | area" for regime in HOPS) + " |", "|---|---|" + "---:|" * 2 * len(HOPS)]
+    for setting, options in SETTINGS.items():
+        cells = []
+        for regime in HOPS:
+            fs = [f for f in finals if (f["regime"], f["setting"]) == (regime, setting)]
+            cells += [f"{statistics.mean(f['test_f1'] for f in fs):.3f} ({len(fs)})", f"{statistics.mean(f['area'] for f in fs):.3f}"] if fs else ["", ""]
+        if any(cells):
+            flags = " ".join(f"--{k}" if v is True else f"--{k} {v:g}" if isinstance(v, (int, float)) else f"--{k} {v}" for k, v in options.items())
+            lines.append(f"| {setting} | {flags and f'`{flags}`'} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def tables(folder: Path, keep: bool) -> None:
     finals, curves = [], []
     for path in folder.glob("*/final.json"):
@@ -162,7 +177,7 @@ def tables(folder: Path, keep: bool) -> None:
             writer = csv.DictWriter(file, keys, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    lines = []
+    lines = summary(finals)
     for title, settings in (("Credits", MAIN), ("Parts of IGPO", {"igpo": {}, "outcome only": {}, **ABLATION}), ("Levers", {"igpo": {}, "grpo": {}, "grpo, no format penalty": {}, **LEVERS})):
         for regime, hops in HOPS.items():
             those = [f for f in finals if f["regime"] == regime and f["setting"] in settings]

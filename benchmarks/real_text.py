@@ -1,6 +1,7 @@
 """Does the belief rise when a supporting passage comes back?  Eq. 4 as a measurement on real text, without training.
 
     python benchmarks/real_text.py --model FOLDER --questions FILE --corpus FILE
+    python benchmarks/real_text.py --tables          # table and figure from the gains in real_text.json
 
 For each question that names two supporting passages (HotpotQA), scripted rollouts of two searches, `search <title>`, each of
 which brings one passage:
@@ -31,7 +32,9 @@ from eval import bootstrap, interval  # noqa: E402
 from search_tool import open_search, read_passages  # noqa: E402
 
 SLICES = {"all": {}, "first search": {"turn": 0}, "second search": {"turn": 1}, "answer is yes or no": {"yes_no": True}, "any other answer": {"yes_no": False},
-          "any other, passage holds it": {"yes_no": False, "holds": True}, "any other, passage does not": {"yes_no": False, "holds": False}}
+          "any other, passage holds it": {"yes_no": False, "holds": True}, "any other, passage does not": {"yes_no": False, "holds": False},
+          **{f"any other, {search} search, passage {'holds it' if holds else 'does not'}": {"yes_no": False, "holds": holds, "turn": turn}
+             for holds in (True, False) for turn, search in enumerate(("first", "second"))}}
 
 
 def scripted_rollout(tokenizer, question: str, passages: list, max_info_tokens: int) -> igpo.Rollout:
@@ -106,22 +109,34 @@ def figure(rows: list[dict], path: Path) -> None:
     fig.savefig(path, dpi=130)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "questions", "corpus"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--limit", type=int, help="only the first so many questions")
-    parser.add_argument("--out", type=Path, default=HERE / "real_text", help="writes <out>.json and <out>.md")
-    parser.add_argument("--figure", type=Path, default=HERE.parent / "docs" / "real_text.png")
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> tuple[list[dict], dict]:
+    """(gains, what they were measured with)."""
     start, cfg = time.time(), igpo.Config(model=args.model, gradient_checkpointing=False, batch_tokens=4096)
     questions = [q for q in igpo.load_questions(args.questions) if len(q.get("supporting", [])) == 2][:args.limit]
     passages, search = {p.id: p for p in read_passages(args.corpus)}, open_search(f"bm25:{args.corpus}")
     model, tokenizer = igpo.load_model(cfg)
     rows = [row for q in igpo.tqdm(questions) for row in measure(model, tokenizer, search, passages, q, cfg)]
-    setting = {"command": "python benchmarks/real_text.py" + "".join(f" --{k} {Path(str(v)).name}" for k, v in list(vars(args).items())[:4] if v), "questions": len(questions),
+    return rows, {"command": "python benchmarks/real_text.py" + "".join(f" --{k} {Path(str(v)).name}" for k, v in list(vars(args).items())[:4] if v), "questions": len(questions),
                "machine": f"{os.cpu_count()} cores, {platform.machine()}, " + ("a GPU" if igpo.torch.cuda.is_available() else "no GPU"), "minutes": round((time.time() - start) / 60, 1),
                "python": platform.python_version(), **{p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft")}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "questions", "corpus"):
+        parser.add_argument(f"--{name}", default="")
+    parser.add_argument("--limit", type=int, help="only the first so many questions")
+    parser.add_argument("--out", type=Path, default=HERE / "real_text", help="writes <out>.json and <out>.md")
+    parser.add_argument("--figure", type=Path, default=HERE.parent / "docs" / "real_text.png")
+    parser.add_argument("--tables", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    if args.tables:
+        before = json.loads(args.out.with_suffix(".json").read_text())
+        rows, setting = before["gains"], before["setting"]
+    elif args.model and args.questions and args.corpus:
+        rows, setting = run(args)
+    else:
+        parser.error("--model, --questions and --corpus are needed")
     summary = summarise(rows)
     args.out.with_suffix(".json").write_text(json.dumps({"setting": setting, "summary": summary}, indent=1)[:-2] + ',\n "gains": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n")
     lines = ["# Eq. 4 on real text: the gain when a supporting passage came back, and when not", "", f"`{setting['command']}`; what is measured is told at the top of that file. "
