@@ -135,7 +135,7 @@ def train(warm: str, folder: Path, seeds: list[int], steps: int) -> None:
 
 def tables(folder: Path) -> None:
     outs = sorted((path.parent for path in folder.glob("*/final.json")), key=lambda out: (out.name[-1], out.name[:4] != "igpo"))
-    runs = [(*evidence.read(out), read_run(str(out))[1]) for out in outs]
+    runs = [(final, curve, [row for row in read_run(str(out))[1] if row["step"] <= final["steps"]]) for out in outs for final, curve in [evidence.read(out)]]
     (HERE / "smollm2.jsonl").write_text("".join(json.dumps({"setting": f["setting"], "seed": f["seed"], **row}) + "\n" for f, _, rows in runs for row in rows))
     config, steps = json.loads((outs[0] / "config.json").read_text()), [c["step"] for c in runs[0][1]]
     warm = json.loads((Path(config["model"]) / "warm_start.json").read_text())
