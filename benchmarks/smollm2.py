@@ -116,6 +116,12 @@ def diagnose(folder: Path, count: int = 10) -> dict:
             "right_searches": len(gains[True]), "wrong_searches": len(gains[False]), "gain_right": mean(gains[True]), "gain_wrong": mean(gains[False])}
 
 
+def test_f1(cfg: igpo.Config, folder: Path, adapter: str = "") -> float:
+    """Greedy F1 on all 2-hop test questions, of a run or, with no adapter, of the warm start."""
+    model, tokenizer = igpo.load_model(cfg, adapter)
+    return igpo.evaluate(model, tokenizer, igpo.load_questions(str(folder / "dense-test.jsonl")), igpo.open_run_search(cfg), cfg)["eval_f1"]
+
+
 def train(warm: str, folder: Path, seeds: list[int], steps: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     evidence.write_questions(folder)
@@ -124,11 +130,13 @@ def train(warm: str, folder: Path, seeds: list[int], steps: int) -> None:
             out = folder / f"{credit}-seed{seed}"
             if (out / "final.json").is_file() and json.loads((out / "final.json").read_text())["steps"] >= steps:
                 continue
-            igpo.train(igpo.Config(**{**COMMON, "credit": credit, "model": warm, "steps": steps, "seed": seed, "out": str(out), "resume": str(out) if (out / "checkpoint").is_dir() else "",
-                                      "train": str(folder / "dense-train.jsonl"), "dev": str(folder / "dense-dev.jsonl")}))
+            cfg = igpo.Config(**{**COMMON, "credit": credit, "model": warm, "steps": steps, "seed": seed, "out": str(out), "resume": str(out) if (out / "checkpoint").is_dir() else "",
+                                 "train": str(folder / "dense-train.jsonl"), "dev": str(folder / "dense-dev.jsonl")})
+            igpo.train(cfg)
             if read_run(str(out))[1][-1]["step"] < steps:
                 raise SystemExit(f"{out}: interrupted. The same command goes on from here.")
-            (out / "final.json").write_text(json.dumps({"setting": credit, "seed": seed, "steps": steps}) + "\n")
+            final = {"setting": credit, "seed": seed, "steps": steps, "test_f1_before": test_f1(cfg, folder), "test_f1": test_f1(cfg, folder, str(out))}
+            (out / "final.json").write_text(json.dumps(final) + "\n")
 
 
 # ---- what came out ---------------------------------------------------------------------------------------------------
@@ -142,12 +150,12 @@ def tables(folder: Path) -> None:
     lines = ["# SmolLM2-135M-Instruct on the demo's 2-hop questions", "",
              "Made by `python benchmarks/smollm2.py`, which tells how. One thread of a CPU that ran other jobs too, no GPU. Gains are in nats per gold token; early and late: "
              f"the first and the last five steps. Runs: {', '.join(f'{key} {config[key]}' for key in list(COMMON)[:9])}, norm {config['norm']}, gain {config['gain']}, "
-             f"LoRA rank {config['lora_rank']}.", "", f"Warm start: {', '.join(f'{key} {value}' for key, value in warm.items())}. Greedy once, sampled {config['group']} times a dev question.", "",
-             f"| | {' | '.join(f'dev F1 at {s}' for s in steps)} | F1 of rollouts, first ten steps -> last ten | turns | no signal (outcome -> with gains) |", "|---|" + "---:|" * (len(steps) + 3)]
+             f"LoRA rank {config['lora_rank']}, steps {config['steps']}. dev: 24 questions, test: 67.", "", f"Warm start: {', '.join(f'{key} {value}' for key, value in warm.items())}. Greedy once, sampled {config['group']} times a dev question.", "",
+             f"| | {' | '.join(f'dev F1 at {s}' for s in steps)} | F1 of rollouts, first ten steps -> last ten | test F1 | turns | no signal (outcome -> with gains) |", "|---|" + "---:|" * (len(steps) + 4)]
     name = lambda f: f"| {f['setting']}, seed {f['seed']} | "
     for f, curve, rows in runs:
         first, last = (igpo.mean(row["outcome_f1"] for row in part) for part in (rows[1:11], rows[-10:]))
-        lines.append(name(f) + " | ".join(f"{c['dev_f1']:.3f}" for c in curve) + f" | {first:.3f} -> {last:.3f} | {f['turns_start']:.1f} -> {f['turns_end']:.1f} "
+        lines.append(name(f) + " | ".join(f"{c['dev_f1']:.3f}" for c in curve) + f" | {first:.3f} -> {last:.3f} | {f['test_f1_before']:.3f} -> {f['test_f1']:.3f} | {f['turns_start']:.1f} -> {f['turns_end']:.1f} "
                      f"| {f['no_signal_outcome']:.0%} -> {f['no_signal_igpo']:.0%} |")
     lines += ["", "| | gain of right / wrong searches, early | late | return of right / wrong searches, early | s a step | policy tokens | ratio farthest from 1 |", "|---|" + "---:|" * 6]
     for f, _, rows in runs:
