@@ -27,7 +27,7 @@ import evidence  # noqa: E402
 import igpo  # noqa: E402
 import make  # noqa: E402
 import torch  # noqa: E402
-from eval import read_run  # noqa: E402
+from benchmarks.report import read_run  # noqa: E402
 from search_tool import BM25, Passage  # noqa: E402
 
 make.LOOK_UP = "The {what}."       # the name follows in the query; every token counts on a CPU
@@ -37,7 +37,7 @@ HABITS = make.Habits(ship=0.4, right=0.4, named_first=0.8, done=0.95)
 # whole of it, to read and to answer from, but not where to go; poor: a poor searcher's rollout, to read and to imitate.
 STAGES = ((45, 1e-3, 1, ("page",) * 3 + ("poor",) * 3), (24, 7e-4, 101, ("page",) * 4 + ("gold",) * 2 + ("poor",)))
 COMMON = dict(questions=2, group=4, max_turns=3, max_new_tokens=32, top_k=1, max_info_tokens=90, lr=5e-4, kl_coef=0.0, dtype="bfloat16",
-              gradient_checkpointing=False, batch_tokens=2048, eval_every=15, eval_questions=24, show_every=5, save_every=5)
+              gradient_checkpointing=False, batch_tokens=2048, eval_every=15, eval_questions=24, show_every=5)
 
 
 def two_hops(world: make.World, split: str, count: int) -> list[dict]:
