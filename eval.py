@@ -312,8 +312,9 @@ INHERITED = ("model", "search", "max_turns", "max_new_tokens", "top_k", "max_inf
 
 def closed_book(model, tokenizer, rollouts: list[Rollout], cfg: Config) -> Iterator[Rollout]:
     """As igpo.finish, without search: the policy is made to answer at once, under the very words that its belief is read under."""
+    schema = encode(tokenizer, SCHEMA)
     for r in rollouts:
-        r.write(encode(tokenizer, SCHEMA), False, 0)
+        r.write(schema, False, 0)
     for r in finish(model, tokenizer, rollouts, None, replace(cfg, max_turns=1)):
         # To finish() the turn has no thought and so is broken. All that matters here is whether an answer is closed.
         text, closed, _ = tokenizer.decode([i for i, by_policy in zip(r.ids, r.mask) if by_policy]).partition("</answer>")
@@ -542,4 +543,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["eval"] = sys.modules["__main__"]      # benchmarks/report.py imports eval: let it be this very module
     sys.exit(main())

@@ -412,6 +412,11 @@ def rollout(model, tokenizer, questions: list[dict], search, cfg: Config) -> lis
     return rollouts
 
 
+def groups_of(rollouts, cfg: Config) -> list[slice]:
+    """Where the cfg.group rollouts of each question stand."""
+    return [slice(i, i + cfg.group) for i in range(0, len(rollouts), cfg.group)]
+
+
 def begin(tokenizer, question: str) -> Rollout:
     """A rollout of which there is the prompt alone."""
     prompt = encode_prompt(tokenizer, question)
@@ -572,9 +577,9 @@ def join_caches(parts: list[tuple[Cache, torch.Tensor, torch.Tensor]]) -> Cache:
     for _, held, rows in parts:
         order = held[rows].argsort(dim=1, stable=True)
         orders.append(F.pad(order, (max(width - held.shape[1], 0), 0))[:, -width:])
+    pick = lambda x, rows, order: x[rows[:, None], :, order].transpose(1, 2)
     joined = Cache(layer_class_to_replicate=RoomyLayer)
     for i in range(len(parts[0][0].layers)):
-        pick = lambda x, rows, order: x[rows[:, None], :, order].transpose(1, 2)
         pieces = [[pick(x, rows, order) for x in (cache.layers[i].keys, cache.layers[i].values)] for (cache, _, rows), order in zip(parts, orders)]
         joined.update(*map(torch.cat, zip(*pieces)), i)
         for cache, _, _ in parts:
@@ -1056,7 +1061,7 @@ def train_step(model, tokenizer, optimizer, questions: list[dict], search: Meter
 
     outcomes = [outcome_reward(r, q["answers"], cfg.format_penalty) for r, q in zip(rollouts, asked)]
     gains, extra_tokens = [info_gains(b, cfg.gain) for b in beliefs], 0
-    groups = [slice(i, i + cfg.group) for i in range(0, len(rollouts), cfg.group)]
+    groups = groups_of(rollouts, cfg)
     finite = all(gathered([math.isfinite(b) for bs in beliefs for b in bs]))
     if not finite:
         returns = [[0.0] * len(b) for b in beliefs]                                # and no update is made
@@ -1110,7 +1115,7 @@ def update(model, optimizer, rollouts, old, ref, returns, cfg: Config) -> list[d
 
 def rollout_metrics(rollouts, asked, beliefs, outcomes, gains, returns, cfg: Config) -> dict:
     """What the glossary tells of a step's rollouts."""
-    groups = [slice(i, i + cfg.group) for i in range(0, len(rollouts), cfg.group)]
+    groups = groups_of(rollouts, cfg)
     flat = [g for gs in gains for g in gs]
     silent = [std(outcomes[g]) <= STD_FLOOR for g in groups]
     finite = all(map(math.isfinite, flat))

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 
 import igpo
-from igpo import Config, Rollout, UserError, answer_words, credit, f1_score, info_gains, locate, mean, normalise
+from igpo import Config, Rollout, UserError, answer_words, credit, f1_score, groups_of, info_gains, locate, mean, normalise
 from search_tool import Passage, read_passages
 
 
@@ -18,7 +18,7 @@ def comparator_returns(model, tokenizer, rollouts: list[Rollout], asked: list[di
 
     asked[i] is the question of rollout i; every cfg.group rollouts in a row are a group.
     """
-    extra_tokens, groups = 0, [slice(i, i + cfg.group) for i in range(0, len(rollouts), cfg.group)]
+    extra_tokens, groups = 0, groups_of(rollouts, cfg)
     if cfg.credit == "gigpo":
         states = [[frozenset(p.id for found in r.retrieved[:t] for p in found) for t in range(len(r.boundaries))] for r in rollouts]
         return [R for g in groups for R in gigpo_returns(states[g], outcomes[g], cfg.gamma)], extra_tokens

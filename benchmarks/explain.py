@@ -17,7 +17,7 @@ def explain(cfg: igpo.Config) -> None:
     search = igpo.open_run_search(cfg)
     model, tokenizer = igpo.load_model(cfg)
     rollouts = igpo.rollout(model, tokenizer, questions, search, cfg)
-    groups = [rollouts[i:i + cfg.group] for i in range(0, len(rollouts), cfg.group)]
+    groups = [rollouts[g] for g in igpo.groups_of(rollouts, cfg)]
     spread = [igpo.std(igpo.outcome_reward(r, q["answers"], cfg.format_penalty) for r in g) for g, q in zip(groups, questions)]
     question, rollouts = questions[spread.index(max(spread))], groups[spread.index(max(spread))]
 
