@@ -3126,6 +3126,79 @@ def test_real_text_by_hand_and_from_end_to_end(tmp_path, monkeypatch):
     assert found["gains"][1]["holds"] and found["gains"][1]["logprob"] > 0.5
 
 
+def test_evidence_by_hand_and_from_end_to_end(tmp_path, monkeypatch):
+    """benchmarks/evidence.py: two runs of two steps, beside rows of finished runs from which its figures are worked by hand."""
+    from benchmarks import evidence
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "demo").symlink_to(HERE / "demo")
+    monkeypatch.setattr(evidence, "HERE", tmp_path / "benchmarks")
+    monkeypatch.setitem(evidence.STEPS, "dense", 2)
+    monkeypatch.setattr(evidence, "COMMON", {**evidence.COMMON, "questions": 2, "group": 2, "eval_every": 1, "eval_questions": 4})
+    # test F1 .8, .9, 1.0 of IGPO: mean .9, std .1, t 4.30: half width 4.30 * .1 / sqrt(3) = .248. Less GRPO's .7, .9, .8: .1, .0, .2
+    columns = ["test_f1", "dev_f1_start", "dev_f1", "best", "area", "no_signal_outcome", "no_signal_igpo", "seconds", "searches", "generated_tokens", "turns_start",
+               "turns_end", *(f"{what}_{kind}_early" for what in ("gain", "return") for kind in ("right", "wrong"))]
+    finals, curves = [",".join(["regime,setting,seed", *columns])], ["regime,setting,seed,step,policy_tokens,dev_f1,turns"]
+    for setting, scores in (("igpo", (.8, .9, 1.0)), ("grpo", (.7, .9, .8))):
+        for seed, f1 in enumerate(scores):
+            finals.append(",".join(map(str, ["sparse", setting, seed, f1, .1, f1, f1, f1 / 2] + [0.5] * (len(columns) - 5))))
+            curves += [f"sparse,{setting},{seed},0,0,0.1,5", f"sparse,{setting},{seed},{10 + seed},{1000 * (1 + seed)},{f1},4"]
+    (tmp_path / "benchmarks/evidence_final.csv").write_text("\n".join(finals) + "\n")
+    (tmp_path / "benchmarks/evidence_curves.csv").write_text("\n".join(curves) + "\n")
+    evidence.write_questions(tmp_path / "runs")
+    assert {q["hops"] for q in igpo.load_questions(str(tmp_path / "runs/sparse-test.jsonl"))} == {4}
+    few = (tmp_path / "runs/dense-test.jsonl").read_text().splitlines(True)[:8]
+    (tmp_path / "runs/dense-test.jsonl").write_text("".join(few))
+    names = {"igpo": "dense-igpo-seed5", "grpo, no format penalty": "dense-grpo__no_format_penalty-seed5"}
+    for setting, name in names.items():
+        job = ("dense", setting, evidence.SETTINGS[setting], 5, str(tmp_path / "runs"))
+        assert evidence.run(job).startswith(f"{name}: test F1 0.") and evidence.run(job) == f"{name}: done before"
+    config = json.loads((tmp_path / "runs" / names["grpo, no format penalty"] / "config.json").read_text())
+    assert (config["credit"], config["norm"], config["format_penalty"], config["seed"], config["steps"]) == ("grpo", "separate", 0.0, 5, 2)
+
+    evidence.tables(tmp_path / "runs", keep=True)
+    text = (tmp_path / "benchmarks/evidence.md").read_text()
+    assert "| igpo | 3 | 0.900 ± 0.248 |" in text and "| 0.450 | 11, 2 |" in text                       # half of the best, at steps 10, 11, 12
+    assert "sparse, igpo less grpo of the same seed: test F1 0.100 ± 0.248, area 0.050 ± 0.124" in text
+    assert "**Credits, dense** (2 hops, 2 steps; warm start: dev F1 " in text
+    rows = [line.split(",")[:3] for line in (tmp_path / "benchmarks/evidence_final.csv").read_text().replace('"grpo, no', "grpo; no").splitlines()[1:]]
+    assert [tuple(row[::2]) for row in rows] == [("dense", "5")] * 2 + [("sparse", str(s)) for s in (0, 1, 2)] * 2
+    # of the real run: the area is that of its own evaluations, and every search is right or wrong
+    final, curve = evidence.read(tmp_path / "runs" / names["igpo"])
+    assert [c["step"] for c in curve] == [0, 1, 2] and final["area"] == pytest.approx((curve[0]["dev_f1"] / 2 + curve[1]["dev_f1"] + curve[2]["dev_f1"] / 2) / 2)
+    assert (tmp_path / "docs/evidence.png").stat().st_size > 10_000
+
+
+def test_smollm2_from_warm_start_to_table(tmp_path):
+    """benchmarks/smollm2.py whole, with the demo's policy in place of the large one and two steps of everything."""
+    script = f"""
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {str(HERE)!r})
+from benchmarks import smollm2
+smollm2.HERE = Path({str(tmp_path)!r}) / "benchmarks"
+smollm2.STAGES = ((2, 1e-3, 1, ("page", "poor")), (1, 7e-4, 101, ("page", "gold", "poor")))
+smollm2.COMMON.update(eval_every=1, eval_questions=4, dtype="float32")
+for options in json.loads(sys.argv[1]):
+    sys.argv[1:] = options
+    smollm2.main()"""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "docs").mkdir()
+    runs = ("--train", tmp_path / "warm", "--folder", tmp_path / "runs", "--seeds", "3", "--steps")
+    commands = [("--warm_start", HERE / "demo/policy", tmp_path / "warm"), (*runs, "2", "--tables")]
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(commands, default=str)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("nats a token") == 3 and done.stdout.count("steps 1 to 2.") == 2
+    warm = json.loads((tmp_path / "warm/warm_start.json").read_text())
+    assert warm["rollouts"] == 4 * warm["questions"] == 40 and len(warm["belief_on_gold_path"]) == 3
+    log = [json.loads(line) for line in (tmp_path / "benchmarks/smollm2.jsonl").read_text().splitlines()]
+    assert [(row["setting"], row["step"]) for row in log] == [(setting, step) for setting in ("igpo", "grpo") for step in (0, 1, 2)]
+    table = (tmp_path / "benchmarks/smollm2.md").read_text()
+    assert "| dev F1 at 0 | dev F1 at 1 | dev F1 at 2 |" in table and "steps 2" in table and f"minutes {warm['minutes']}" in table
+    assert table.count("| igpo, seed 3 |") == table.count("| grpo, seed 3 |") == 2
+    assert (tmp_path / "docs/smollm2.png").stat().st_size > 10_000
+
+
 def test_eval_of_a_trained_adapter_takes_the_episode_from_its_run(tmp_path, capsys, monkeypatch):
     """The adapter of a run changes the beliefs; max_turns and search come from its config.json unless given."""
     import torch

@@ -57,8 +57,10 @@ LEVERS = {   # what might decide whether a dense signal pays: the penalty for a 
     "igpo, no format penalty": {"format_penalty": 0.0},
     "prob, turn, no format penalty": {"norm": "turn", "format_penalty": 0.0},
     "igpo, format penalty -2": {"format_penalty": -2.0},
-    "igpo, groups of 4": {"group": 4},
-    "grpo, groups of 4": {"credit": "grpo", "norm": "separate", "group": 4},
+    "outcome only, no format penalty": {"credit": "grpo", "format_penalty": 0.0},
+    "igpo, no penalty, groups of 4": {"format_penalty": 0.0, "group": 4},
+    "outcome only, no penalty, groups of 4": {"credit": "grpo", "format_penalty": 0.0, "group": 4},
+    "grpo, no penalty, groups of 4": {"credit": "grpo", "norm": "separate", "format_penalty": 0.0, "group": 4},
 }
 SETTINGS = {**MAIN, **ABLATION, **LEVERS}
 COMMON = dict(questions=8, group=8, eval_every=5, eval_questions=200, show_every=0)
@@ -192,7 +194,7 @@ def tables(folder: Path, keep: bool) -> None:
                 fs = [f for f in those if f["setting"] == setting]
                 if not fs:
                     continue
-                m = lambda key: statistics.mean(f[key] for f in fs if key in f)
+                m = lambda key: statistics.mean([f[key] for f in fs if key in f] or [math.nan])      # few steps may hold no right search
                 reached = []
                 for f in fs:
                     own = [c for c in curves if (c["regime"], c["setting"], c["seed"]) == (regime, setting, f["seed"])]

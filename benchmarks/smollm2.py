@@ -154,7 +154,7 @@ def tables(folder: Path) -> None:
              f"| | {' | '.join(f'dev F1 at {s}' for s in steps)} | F1 of rollouts, first ten steps -> last ten | test F1 | turns | no signal (outcome -> with gains) |", "|---|" + "---:|" * (len(steps) + 4)]
     name = lambda f: f"| {f['setting']}, seed {f['seed']} | "
     for f, curve, rows in runs:
-        first, last = (igpo.mean(row["outcome_f1"] for row in part) for part in (rows[1:11], rows[-10:]))
+        first, last = (igpo.mean(row["outcome_f1"] for row in part) for part in (rows[1:11], rows[1:][-10:]))
         lines.append(name(f) + " | ".join(f"{c['dev_f1']:.3f}" for c in curve) + f" | {first:.3f} -> {last:.3f} | {f['test_f1_before']:.3f} -> {f['test_f1']:.3f} | {f['turns_start']:.1f} -> {f['turns_end']:.1f} "
                      f"| {f['no_signal_outcome']:.0%} -> {f['no_signal_igpo']:.0%} |")
     lines += ["", "| | gain of right / wrong searches, early | late | return of right / wrong searches, early | s a step | policy tokens | ratio farthest from 1 |", "|---|" + "---:|" * 6]
