@@ -28,7 +28,7 @@ Where we depart from the paper on purpose (the README compares paper, official c
     python igpo.py --model Qwen2.5-1.5B-Instruct          the same program on a GPU
     torchrun --nproc_per_node 4 igpo.py --model ..        on four: each takes its share of a step's questions
     python igpo.py --explain                              Eq. 2-7 on one question, with the numbers that occur
-    python igpo.py --check --model .. --train ..          before a long run: does all that training assumes hold here?
+    python igpo.py --check --model .. --train ..          before a long run: do model, data and search meet training's assumptions?
 """
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache
-from itertools import takewhile
+from itertools import accumulate, count, takewhile
 from pathlib import Path
 
 import torch
@@ -94,7 +94,7 @@ class Config:
     search: str = option("bm25:demo/corpus.jsonl", "search back end, see search_tool.py")
     search_cache: str = option("on", "disk cache of network back ends; only: answer from the cache alone", choices=["on", "off", "only"])
     out: str = option("", "run folder; empty: runs/<model>-<credit>-seed<seed>")
-    resume: str = option("", "run folder to go on with")
+    resume: str = option("", "run folder to continue")
     seed: int = option(0, "seed of sampling, data order and LoRA init")
     steps: int = option(200, "training steps", 0)
     # episode
@@ -106,15 +106,16 @@ class Config:
     max_info_tokens: int = option(500, "tokens of search results shown per turn", 0)
     temperature: float = option(1.0, "sampling temperature, also used in scoring")
     max_failed_searches: float = option(0.5, "share of a step's searches that may fail before the run stops")
-    format_penalty: float = option(-0.1, "outcome of a rollout that breaks the format (lambda_fmt, Eq. 2)")
+    format_penalty: float = option(-0.1, "outcome of a rollout without an answer: format broken, cut off, out of turns (lambda_fmt, Eq. 2)")
     # credit
-    credit: str = option("igpo", "turn rewards: igpo, ig (gains only), grpo (outcome only; as published with --norm separate); or of "
+    credit: str = option("igpo", "turn rewards: igpo, ig (gains only), grpo (outcome only; its usual z-scores with --norm separate); or of "
                          "benchmarks/comparators.py: stepsearch (needs supporting passages), reasonrag, gigpo (whatever --norm is)",
                          choices=["igpo", "ig", "grpo", "stepsearch", "reasonrag", "gigpo"])
     mc_rollouts: int = option(4, "rollouts from each state for its value (--credit reasonrag)", 1)
     gain: str = option("prob", "information gain in log-probability (paper v2) or probability (v1)", choices=["logprob", "prob"])
-    norm: str = option("centre", "Eq. 5: separate (paper v2), joint (paper v1), turn (gains pooled per turn), centre (turn, without dividing by "
-                       "the std), scale (separate, gains not centred)", choices=["separate", "joint", "turn", "centre", "scale"])
+    norm: str = option("centre", "Eq. 5, within a group: separate (z-scores, gains and outcomes apart; paper v2), joint (z-scores in one pool; v1), "
+                       "turn (gains by turn index), centre (turn, not divided by the std), scale (separate, gains not centred)",
+                       choices=["separate", "joint", "turn", "centre", "scale"])
     gamma: float = option(1.0, "discount over turns (Eq. 6)")
     curriculum: bool = option(False, "outcome weight .5 -> 1 and gain weight 1 -> .5 over training")
     belief: str = option("policy", "who is asked for the belief: policy, or reference (adapter off)", choices=["policy", "reference"])
@@ -124,7 +125,7 @@ class Config:
     minibatches: int = option(1, "optimizer updates per pass", 1)
     clip: float = option(0.2, "clip range of the ratio (epsilon, Eq. 7)", 0)
     kl_coef: float = option(0.001, "weight of the KL to the reference (beta, Eq. 7)")
-    max_grad_norm: float = option(1.0, "gradient norm is clipped to this; 0: not", 0)
+    max_grad_norm: float = option(1.0, "gradient norm is clipped to this; 0: no clipping", 0)
     lora_rank: int = option(16, "LoRA rank, on all linear layers", 1)
     lora_alpha: int = option(32, "LoRA scale is alpha / rank")
     # machine
@@ -452,7 +453,7 @@ def finish(model, tokenizer, rollouts: list[Rollout], search, cfg: Config) -> It
                 take_turn(r, new[:length], done, tokenizer, cfg)
             asking = [r for r in live if not r.stop]
             found = search.search_many([r.queries[-1] for r in asking], cfg.top_k) if asking else []
-            for r, passages in zip(asking, found):
+            for r, passages in zip(asking, found, strict=True):
                 take_results(r, passages, context_length(lm), tokenizer, cfg)
             written = torch.arange(sampled.shape[1], device=lm.device) < torch.tensor(end.length, device=lm.device)[:, None]
             on = [row for row, r in enumerate(live) if not r.stop]
@@ -701,10 +702,8 @@ def in_micro_batches(work, lengths: list[int], model, cfg: Config) -> list[tuple
 def forward_scores(model, tokenizer, rollouts: list[Rollout], golds: list | None, cfg: Config):
     """Log-probs of the sampled tokens and, if golds are given, the beliefs b_0 .. b_{T-1}, by the model as it stands."""
     schema = encode(tokenizer, SCHEMA)
-    rows = []
-    for i, r in enumerate(rollouts):
-        probe = schema + encode_gold(tokenizer, golds[i]) if golds else []
-        rows.append(one_pass(r, [probe] * len(r.boundaries) if golds else [], len(schema)))
+    probes = [[schema + encode_gold(tokenizer, gold)] * len(r.boundaries) for r, gold in zip(rollouts, golds)] if golds else [[]] * len(rollouts)
+    rows = [one_pass(r, p, len(schema)) for r, p in zip(rollouts, probes)]
     logps, beliefs = [None] * len(rows), [[] for _ in rows]
     work = lambda batch: token_logps(unwrap(model), [rows[i] for i in batch], cfg.temperature)
     for batch, found in in_micro_batches(work, [len(row["ids"]) for row in rows], model, cfg):
@@ -853,14 +852,8 @@ def turn_returns(gains: list[list[float]], outcomes: list[float], gamma: float =
     >>> turn_returns([[1.0], [3.0]], [0.0, 1.0])        # gains -> -1, +1; outcomes -> -1, +1
     [[-2.0, -1.0], [2.0, 1.0]]
     """
-    returns = []
-    for rewards in turn_rewards(gains, outcomes, norm, gain_weight, outcome_weight):
-        total, out = 0.0, []
-        for r in reversed(rewards):
-            total = r + gamma * total
-            out.append(total)
-        returns.append(out[::-1])
-    return returns
+    return [list(accumulate(reversed(rewards), lambda total, r: r + gamma * total))[::-1]
+            for rewards in turn_rewards(gains, outcomes, norm, gain_weight, outcome_weight)]
 
 
 def credit(steps: list[list[float]], outcomes: list[float], cfg: Config, progress: float = 0.0) -> list[list[float]]:
@@ -1396,7 +1389,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {"type": type(f.default)}
-        default = f"{f.default!r}" + (f"; demo {DEMO[f.name]!r}" if f.name in DEMO else "")
+        default = f"{f.default!r}" + (f"; without --model {DEMO[f.name]!r}" if f.name in DEMO else "")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({default})",
                             **kind, **{k: v for k, v in f.metadata.items() if k == "choices"})
     parser.add_argument("--overwrite", action="store_true", help="start anew in a run folder that exists: its logs and checkpoint are deleted")
@@ -1418,11 +1411,9 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, argparse.Namesp
         cfg = Config(**{**(DEMO if not given.get("model") else {}), **given})
         if 0 < len({"train", "dev", "search"} & set(given)) < 3:
             print(f"note: --train is {cfg.train}, --dev is {cfg.dev} and --search is {cfg.search}; do they belong together?")
-        name = f"runs/{Path(cfg.model).stem}-{cfg.credit}-seed{cfg.seed}"
-        n = 1
-        while not cfg.out and Path(name if n == 1 else f"{name}-{n}").exists() and not args.overwrite:
-            n += 1
-        cfg = replace(cfg, out=cfg.out or (name if n == 1 else f"{name}-{n}"))
+        name = f"runs/{Path(cfg.model).name.removesuffix('.gguf')}-{cfg.credit}-seed{cfg.seed}"
+        names = (f"{name}-{n}" if n > 1 else name for n in count(1))
+        cfg = replace(cfg, out=cfg.out or next(out for out in names if args.overwrite or not Path(out).exists()))
     check_bounds(cfg)
     if cfg.questions < process()[1]:
         raise UserError(f"--questions must be at least {process()[1]}: each process plays whole groups of its own.")

@@ -346,7 +346,7 @@ class OpenSearch(_Remote):
 
     def fetch(self, queries: list[str], k: int) -> list:
         bodies = [{"size": k, "_source": ["title", "text", "contents", "url"],
-                   "query": {"bool": {"should": [{"match": {"title": query}}, {"match": {"text": query}}]}}} for query in queries]
+                   "query": {"bool": {"should": [{"match": {field: query}} for field in ("title", "text", "contents")]}}} for query in queries]
         return self.request("POST", f"{self.url.rstrip('/')}/_msearch", headers={"Content-Type": "application/x-ndjson"},
                             data="".join(f"{{}}\n{json.dumps(body)}\n" for body in bodies))["responses"]
 

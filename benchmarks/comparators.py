@@ -9,7 +9,7 @@ from collections import Counter
 
 import igpo
 from igpo import Config, Rollout, UserError, answer_words, credit, f1_score, groups_of, info_gains, locate, mean, normalise
-from search_tool import Passage, read_passages
+from search_tool import Passage, clean_text, read_passages
 
 
 def comparator_returns(model, tokenizer, rollouts: list[Rollout], asked: list[dict], outcomes: list[float], search, cfg: Config,
@@ -96,6 +96,10 @@ def mc_values(model, tokenizer, rollouts: list[Rollout], asked: list[dict], sear
         for _ in r.boundaries:
             some = [next(ends) for _ in range(cfg.mc_rollouts)]
             values[-1].append(mean(f1_score(s.answer, q["answers"]) * alpha ** len(s.boundaries) for s in some))
+    for g in groups_of(rollouts, cfg):      # all rollouts of a group start in one state, which has one value
+        root = mean(v[0] for v in values[g])
+        for v in values[g]:
+            v[0] = root
     return values, sum(sum(s.mask) for s in starts) - before
 
 
@@ -104,7 +108,7 @@ def with_supporting_texts(questions: list[dict], cfg: Config) -> list[dict]:
     if not cfg.search.startswith("bm25:"):
         raise UserError("--credit stepsearch looks supporting passages up in the corpus: it needs --search bm25:<corpus.jsonl>.")
     wanted = {i for q in questions for i in q.get("supporting") or []}
-    texts = {p.id: p.text for p in read_passages(locate(cfg.search[5:])) if p.id in wanted}
+    texts = {key: clean_text(p.text) for p in read_passages(locate(cfg.search[5:])) for key in (p.title, p.id) if key in wanted}      # benchmarks name titles
     for q in questions:
         lacking = [i for i in q.get("supporting") or [] if i not in texts]
         if lacking or not q.get("supporting"):

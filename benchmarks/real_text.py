@@ -91,22 +91,29 @@ def table(summary: dict, scale: str, digits: int) -> list[str]:
 
 
 def figure(rows: list[dict], path: Path) -> None:
+    """Gains of questions whose answer is not yes or no, by what came back."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    edges = np.linspace(*np.percentile([r["logprob"] for r in rows], [1, 99]), 36)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, constrained_layout=True)
+    rows = [r for r in rows if not r["yes_no"]]
+    edges = np.linspace(*np.percentile([r["logprob"] for r in rows], [1, 99]), 28)
+    kinds = {"supporting, the answer stands in it": lambda r: r["supporting"] and r["holds"], "supporting, the answer does not": lambda r: r["supporting"] and not r["holds"],
+             "distractor": lambda r: not r["supporting"]}
     for turn, axis in enumerate(axes):
-        for supporting, name in ((True, "supporting passage"), (False, "distractor")):
-            some = [r["logprob"] for r in rows if (r["turn"], r["supporting"]) == (turn, supporting)]
-            axis.hist(np.clip(some, edges[0], edges[-1]), edges, weights=[1 / len(some)] * len(some), alpha=0.5, label=f"{name}, mean {igpo.mean(some):+.2f}")
+        for color, (name, fits) in zip(("C0", "C2", "C1"), kinds.items()):
+            if some := [r["logprob"] for r in rows if r["turn"] == turn and fits(r)]:
+                axis.hist(np.clip(some, edges[0], edges[-1]), edges, weights=[1 / len(some)] * len(some), histtype="step", linewidth=1.8, color=color,
+                          label=f"{name}: mean {igpo.mean(some):+.2f}")
+                axis.axvline(igpo.mean(some), ymax=0.06, color=color, linewidth=4)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title=f"{('first', 'second')[turn]} search")
-        axis.legend(frameon=False)
+        axis.set_title(f"{('first', 'second')[turn]} search", loc="left")
+        axis.set_xlabel("information gain, nats per gold token")
+        axis.legend(frameon=False, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of gains")
-    fig.supxlabel("information gain, nats per gold token (the bars at the ends hold what lies beyond)", fontsize=10)
-    fig.tight_layout()
-    fig.savefig(path, dpi=130)
+    fig.suptitle("Marks at the bottom: means. The first and the last bin include all that lies beyond", fontsize=9)
+    fig.savefig(path, dpi=120)
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict], dict]:

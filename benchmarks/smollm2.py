@@ -139,20 +139,31 @@ def train(warm: str, folder: Path, seeds: list[int], steps: int) -> None:
             (out / "final.json").write_text(json.dumps(final) + "\n")
 
 
+NAMES = {"igpo": "igpo", "grpo": "grpo, centred"}      # as evidence.py has it
+
+
 # ---- what came out ---------------------------------------------------------------------------------------------------
 
 def tables(folder: Path) -> None:
     outs = sorted((path.parent for path in folder.glob("*/final.json")), key=lambda out: (out.name[-1], out.name[:4] != "igpo"))
-    runs = [(final, curve, [row for row in read_run(str(out))[1] if row["step"] <= final["steps"]]) for out in outs for final, curve in [evidence.read(out)]]
+    lengths = {json.loads((out / "final.json").read_text())["steps"] for out in outs}
+    if len(lengths) > 1:
+        raise SystemExit(f"{folder}: its runs have {sorted(lengths)} steps. Let --train bring all to the same.")
+    last, = lengths
+    runs = [(*evidence.read(out, last), [row for row in read_run(str(out))[1] if row["step"] <= last]) for out in outs]
     (HERE / "smollm2.jsonl").write_text("".join(json.dumps({"setting": f["setting"], "seed": f["seed"], **row}) + "\n" for f, _, rows in runs for row in rows))
     config, steps = json.loads((outs[0] / "config.json").read_text()), [c["step"] for c in runs[0][1]]
     warm = json.loads((Path(config["model"]) / "warm_start.json").read_text())
     lines = ["# SmolLM2-135M-Instruct on the demo's 2-hop questions", "",
              "Made by `python benchmarks/smollm2.py`, which tells how. One thread of a CPU that ran other jobs too, no GPU. Gains are in nats per gold token; early and late: "
              f"the first and the last five steps. Runs: {', '.join(f'{key} {config[key]}' for key in list(COMMON)[:9])}, norm {config['norm']}, gain {config['gain']}, "
-             f"LoRA rank {config['lora_rank']}, steps {config['steps']}. dev: 24 questions, test: 67.", "", f"Warm start: {', '.join(f'{key} {value}' for key, value in warm.items())}. Greedy once, sampled {config['group']} times a dev question.", "",
+             f"LoRA rank {config['lora_rank']}, steps {config['steps']}. dev: 24 questions, test: 67.", "",
+             f"Warm start: {warm['minutes']} minutes. On {warm['questions']} dev questions, each once greedily and {config['group']} times sampled: F1 {warm['greedy_f1']} and "
+             f"{warm['sampled_f1']}, format kept by {warm['format_kept']:.0%}, belief on the gold path {', '.join(map(str, warm['belief_on_gold_path']))}, "
+             f"gain of {warm['right_searches']} right searches {warm['gain_right']:+}, of {warm['wrong_searches']} wrong ones {warm['gain_wrong']:+}. "
+             "The other F1 of the warm start below are of other questions.", "",
              f"| | {' | '.join(f'dev F1 at {s}' for s in steps)} | F1 of rollouts, first ten steps -> last ten | test F1 | turns | no signal (outcome -> with gains) |", "|---|" + "---:|" * (len(steps) + 4)]
-    name = lambda f: f"| {f['setting']}, seed {f['seed']} | "
+    name = lambda f: f"| {NAMES[f['setting']]}, seed {f['seed']} | "
     for f, curve, rows in runs:
         first, last = (igpo.mean(row["outcome_f1"] for row in part) for part in (rows[1:11], rows[1:][-10:]))
         lines.append(name(f) + " | ".join(f"{c['dev_f1']:.3f}" for c in curve) + f" | {first:.3f} -> {last:.3f} | {f['test_f1_before']:.3f} -> {f['test_f1']:.3f} | {f['turns_start']:.1f} -> {f['turns_end']:.1f} "
@@ -172,7 +183,7 @@ def figure(runs: list[tuple[dict, list, list]], config: dict, width: int = 5) ->
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    panels = {"eval_f1": "dev F1, greedy", "outcome_f1": f"F1 of sampled rollouts (last {width} steps)", "belief_gain": f"belief gained by searches, nats (last {width} steps)"}
+    panels = {"eval_f1": "dev F1, greedy", "outcome_f1": f"F1 of sampled rollouts, running mean of {width} steps", "belief_gain": f"belief gained by searches, running mean of {width} steps"}
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.9), constrained_layout=True)
     for axis, (key, title) in zip(axes, panels.items()):
         for color, setting in (("C0", "igpo"), ("C1", "grpo")):
@@ -182,14 +193,15 @@ def figure(runs: list[tuple[dict, list, list]], config: dict, width: int = 5) ->
                 seeds.append(value if key == "eval_f1" else {s: igpo.mean(value[s - i] for i in range(width)) for s in value if s - width + 1 in value})
                 axis.plot(*zip(*seeds[-1].items()), color=color, linewidth=0.9, alpha=0.5)
             steps = sorted(set.intersection(*map(set, seeds)))
-            axis.plot(steps, [igpo.mean(s[step] for s in seeds) for step in steps], color=color, linewidth=2.2, marker="o" if key == "eval_f1" else None, label=setting)
+            axis.plot(steps, [igpo.mean(s[step] for s in seeds) for step in steps], color=color, linewidth=2.2, marker="o" if key == "eval_f1" else None, label=f"{NAMES[setting]} (thin: a seed)")
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylim(0, 1.02)
     axes[1].set_ylim(0, 1.02)
-    axes[0].legend(frameon=False)
+    axes[2].set_ylabel("nats per gold token")
+    axes[0].legend(frameon=False, loc="lower right")
     fig.suptitle(f"SmolLM2-135M-Instruct, warm-started; 2-hop questions, {config['questions']} x {config['group']} rollouts a step; thick: mean of {len(runs) // 2} seeds", fontsize=10)
     fig.savefig(HERE.parent / "docs" / "smollm2.png", dpi=130)
 
