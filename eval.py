@@ -47,9 +47,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.download import fetch
-from igpo import (DEMO, SCHEMA, TAG, Config, Rollout, UserError, answer_words, begin, check_bounds, encode, exact_match, f1_score, finish,
-                  first_line, gathered, join_processes, load_model, load_questions, locate, mean, open_run_search, process, read_config,
-                  record, score, write_whole)
+from igpo import (DEMO, SCHEMA, TAG, Config, Rollout, UserError, answer_words, begin, check_bounds, encode, exact_match, f1_score,
+                  find_checkpoint, finish, first_line, gathered, join_processes, load_model, load_questions, locate, mean,
+                  open_run_search, process, read_config, record, score, write_whole)
 from search_tool import SearchError, clean_text
 
 BENCHMARKS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
@@ -338,14 +338,6 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()[:16] if files else ""
 
 
-def adapter_folder(path: str) -> Path:
-    """Where the adapter of a run (or a plain PEFT folder) lies."""
-    for folder in (Path(path) / "checkpoint", Path(path) / "checkpoint.old", Path(path)):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    raise UserError(f"--adapter {path}: no checkpoint/adapter_config.json in it. Is it a run folder?")
-
-
 def read_jsonl(path: Path) -> list[dict]:
     """Lines of a log; a last line that was cut while being written is left out. Raises UserError."""
     try:
@@ -421,7 +413,7 @@ def plan(args: argparse.Namespace) -> tuple:
     """(config, settings, results folder, rows that are there, [(benchmark, question, sample), ..] still to be run)."""
     cfg = load_config(args)
     chosen, notes = load_questions_of(args, cfg)
-    files = {"model": locate(cfg.model), "adapter": adapter_folder(args.adapter) if args.adapter else None,
+    files = {"model": locate(cfg.model), "adapter": find_checkpoint(Path(args.adapter), "adapter_config.json") if args.adapter else None,
              "corpus": locate(cfg.search[5:]) if cfg.search.startswith("bm25:") and not args.no_search else None}
     settings = {**{name: getattr(cfg, name) for name in EPISODE if name not in ("rollout_batch", "batch_tokens", "search_cache")},
                 "adapter": args.adapter, "no_search": args.no_search, "n": args.n, "benchmarks": notes,

@@ -361,7 +361,7 @@ def load_model(cfg: Config, adapter: str = ""):
         torch.manual_seed(cfg.seed)
         lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(lm.to(device), lora).eval(), tokenizer
-    folder = Path(adapter) if (Path(adapter) / "adapter_config.json").is_file() else find_checkpoint(Path(adapter))
+    folder = find_checkpoint(Path(adapter), "adapter_config.json")
     try:
         model = PeftModel.from_pretrained(lm.to(device), folder).eval()
         loaded = model.load_adapter(folder, "default")      # again: only this call reports missing or extra layers
@@ -1309,17 +1309,17 @@ def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def find_checkpoint(out: Path) -> Path:
-    """The folder of the last whole checkpoint of a run; checkpoint.old if a save was cut between its two renames."""
-    for name in ("checkpoint", "checkpoint.old"):
-        if (out / name / "state.pt").is_file():
-            return out / name
-    raise UserError(f"{out}: no whole checkpoint in it. If it is a run that never got that far, start it again with --overwrite.")
+def find_checkpoint(out: Path, file: str) -> Path:
+    """The folder of a run's last whole checkpoint, checkpoint.old if a save was cut between its two renames; or out itself. The file is in it."""
+    for folder in (out / "checkpoint", out / "checkpoint.old", out):
+        if (folder / file).is_file():
+            return folder
+    raise UserError(f"{out}: no whole checkpoint in it (no {file}). If it is a run that never got that far, start it again with --overwrite.")
 
 
 def load_checkpoint(out: Path, model, optimizer, data: dict) -> tuple[int, int]:
     """Restore a run; returns (steps done, updates skipped). state.pt is read with weights_only: it cannot run code."""
-    folder = find_checkpoint(out)
+    folder = find_checkpoint(out, "state.pt")
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         parameters = dict(model.named_parameters())

@@ -202,6 +202,18 @@ def test_comparators_by_hand():
     assert of(credit="stepsearch", norm="separate") == [pytest.approx([z + 1, z / 2 + 1, 1]), pytest.approx([-z - 1, -1]), [1.0, 1.0], [-1.0, -1.0]]
 
 
+def test_supporting_passages_are_found_by_id_and_by_title(tmp_path):
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(p) + "\n" for p in (
+        {"id": "7", "title": "Tavo bridge", "text": "It was built\n by <b>Mira</b>."}, {"id": "8", "title": "Mira", "text": "A mason."})))
+    cfg, q = Config(search=f"bm25:{tmp_path / 'c.jsonl'}", train="q.jsonl"), {"id": "1", "question": "who?", "answers": ["Mira"]}
+    found, = comparators.with_supporting_texts([{**q, "supporting": ["Tavo bridge", "8"]}], cfg)
+    assert found["supporting_texts"] == ["It was built by ‹b›Mira‹/b›.", "A mason."]             # as a search brings it
+    with pytest.raises(UserError, match="question 1 of q.jsonl names passage Oss, which the corpus lacks"):
+        comparators.with_supporting_texts([{**q, "supporting": ["8", "Oss"]}], cfg)
+    with pytest.raises(UserError, match="names no supporting passages"):
+        comparators.with_supporting_texts([q], cfg)
+
+
 def test_values_by_monte_carlo(demo):
     """Each value is the mean of F1 * 0.9^turns over rollouts that begin with the rollout up to that boundary; a group has one start."""
     model, tokenizer, search, questions, cfg = demo
@@ -372,6 +384,27 @@ def test_ids_mask_and_turns_tell_what_was_generated(demo, played):
             else:
                 assert t == len(r.boundaries) - 1
                 assert (action == ("answer", r.answer)) == (r.stop == "answer")
+
+
+def test_a_search_that_returns_too_little_raises(demo):
+    """A search function of one's own: without a list for every query, a turn would have no results and nobody would notice."""
+    model, tokenizer, search, questions, cfg = demo
+
+    class Short:
+        def search_many(self, queries, k):
+            return search.search_many(queries, k)[1:]
+    with pytest.raises(ValueError, match="shorter"):
+        rollout(model, tokenizer, questions[:2], Short(), cfg)
+
+
+def test_models_that_differ_behind_a_dot_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = lambda *argv: igpo.parse_config([*argv, "--train", "a", "--dev", "b", "--search", "c"])[0].out
+    assert out("--model", "Qwen2.5-3B-Instruct") == "runs/Qwen2.5-3B-Instruct-igpo-seed0"
+    assert out("--model", "some/where/Qwen2.5-7B.Q4_1.gguf", "--credit", "grpo", "--seed", "3") == "runs/Qwen2.5-7B.Q4_1-grpo-seed3"
+    for name in ("policy-igpo-seed0", "policy-igpo-seed0-2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert out() == "runs/policy-igpo-seed0-3" and out("--overwrite") == "runs/policy-igpo-seed0" and out("--out", "x") == "x"
 
 
 def test_greedy_rollout_equals_reading_everything_again(demo):
@@ -1166,7 +1199,7 @@ def test_a_save_killed_at_every_file_operation(demo, tmp_path):
         return count[0]
 
     def found(out):
-        folder = igpo.find_checkpoint(out)
+        folder = igpo.find_checkpoint(out, "state.pt")
         state = torch.load(folder / "state.pt", weights_only=True)
         adapter = load_file(folder / "adapter_model.safetensors")
         assert any((value == state["step"]).all() for value in adapter.values())
@@ -1236,7 +1269,7 @@ def lives(run, out, kills, seed):
             continue
         killed += 1
         with suppress(UserError):
-            folder = igpo.find_checkpoint(out)
+            folder = igpo.find_checkpoint(out, "state.pt")
             state, adapter = torch.load(folder / "state.pt", weights_only=True), load_file(folder / "adapter_model.safetensors")
             step, own = state["step"], {name.replace(".default", ""): value for name, value in state["adapter"].items()}
             assert set(own) == set(adapter) and all(torch.equal(own[name], adapter[name]) for name in own)         # both of one step
@@ -3159,6 +3192,18 @@ def test_evidence_by_hand_and_from_end_to_end(tmp_path, monkeypatch):
     for setting, name in names.items():
         job = ("dense", setting, evidence.SETTINGS[setting], 5, str(tmp_path / "runs"))
         assert evidence.run(job).startswith(f"{name}: test F1 0.") and evidence.run(job) == f"{name}: done before"
+    final = (tmp_path / "runs" / names["igpo"] / "final.json").read_text()
+    log = tmp_path / "runs" / names["igpo"] / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text("".join(whole.splitlines(True)[:2]))
+    with pytest.raises(SystemExit, match="ends at step 1, not 2"):                  # an interrupted run is none
+        evidence.tables(tmp_path / "runs", keep=True)
+    log.write_text(whole)
+    monkeypatch.setattr(igpo, "train", lambda cfg: (Path(cfg.out).mkdir(), (Path(cfg.out) / "metrics.jsonl").write_text('{"step": 1}\n')))
+    monkeypatch.setattr(igpo, "load_model", lambda cfg, adapter: (None, None))
+    with pytest.raises(SystemExit, match="interrupted"):
+        evidence.run(("dense", "gigpo", {}, 5, str(tmp_path / "runs")))
+    assert not (tmp_path / "runs/dense-gigpo-seed5/final.json").exists() and json.loads(final)["setting"] == "igpo"
     config = json.loads((tmp_path / "runs" / names["grpo, z-scored, no penalty"] / "config.json").read_text())
     assert (config["credit"], config["norm"], config["format_penalty"], config["seed"], config["steps"]) == ("grpo", "separate", 0.0, 5, 2)
 

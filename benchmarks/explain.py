@@ -12,7 +12,7 @@ import igpo
 
 def explain(cfg: igpo.Config) -> None:
     """Of the questions of a run's first step the one whose outcomes differ most; its best and its worst rollout; an update on its group."""
-    cfg = replace(cfg, group=max(cfg.group, 2))
+    cfg = replace(cfg, group=max(cfg.group, 2), credit="igpo", curriculum=False, ppo_epochs=1, minibatches=1)
     questions = igpo.step_questions(igpo.load_train(cfg.train), 1, cfg)
     search = igpo.open_run_search(cfg)
     model, tokenizer = igpo.load_model(cfg)
@@ -25,7 +25,7 @@ def explain(cfg: igpo.Config) -> None:
     outcomes = [igpo.outcome_reward(r, question["answers"], cfg.format_penalty) for r in rollouts]
     gains = [igpo.info_gains(b, cfg.gain) for b in beliefs]
     rewards = igpo.turn_rewards(gains, outcomes, cfg.norm)
-    returns = igpo.turn_returns(gains, outcomes, cfg.gamma, cfg.norm)
+    returns = igpo.credit(gains, outcomes, cfg)
     order = sorted(range(len(rollouts)), key=lambda i: (outcomes[i], len(beliefs[i])))
     two = {"A": order[-1], "B": order[0]}
     gold = [tokenizer.decode(i) for i in igpo.encode_gold(tokenizer, question["answers"])]
@@ -39,9 +39,8 @@ def explain(cfg: igpo.Config) -> None:
           f"(norm = {cfg.norm}, gamma = {cfg.gamma}, credit = igpo)\n")
 
     # An update on this group alone, so that the ratio has moved from 1: the loss is shown before it and after it.
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr)
-    before = igpo.accumulate_gradient(model, rollouts, old, old, returns, cfg)
-    optimizer.step()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0.0)
+    before, = igpo.update(model, optimizer, rollouts, old, old, returns, cfg)
     new, _ = igpo.forward_scores(model, tokenizer, rollouts, None, cfg)
     print("Eq. 7 for the tokens that the policy was least sure of, after one update on this group (before it every ratio is 1 and every KL 0):")
     print("  rollout turn  token            log pi_old  log pi   ratio  clipped   return  surrogate   KL (k3)")
