@@ -1,7 +1,7 @@
 """IGPO and GRPO train SmolLM2-135M-Instruct, a pretrained model, on the demo's 2-hop questions, on one CPU thread.
 
     python benchmarks/smollm2.py --warm_start BASE WARM               # BASE: a folder of SmolLM2-135M-Instruct; writes the folder WARM
-    python benchmarks/smollm2.py --train WARM --folder RUNS --steps 30     # stop and start it at will; more --steps go on
+    python benchmarks/smollm2.py --train WARM --folder RUNS                # stop and start it at will; more --steps go on
     python benchmarks/smollm2.py --tables --folder RUNS               # smollm2.jsonl, smollm2.md, ../docs/smollm2.png
 
 Warm start.  As it comes, the model hardly ever keeps to the format at temperature 1. It is fine-tuned (LoRA, merged) on rollouts
