@@ -159,17 +159,18 @@ HEAD = """# Does information gain help?
 
 Made by `python benchmarks/evidence.py`. Every setting of a regime starts from the same policy. *Test F1*: greedy, after the last step, on 67
 (2 hops), 66 (4 hops) or 200 questions; one question is 0.015 or 0.005. *Area*: the mean height of the dev F1 curve over training. ± is half a
-95 % t interval over seeds (it does not cover the choice of questions); one or two seeds are listed one by one, more or fewer than five are
-counted in brackets.
+95 % t interval over seeds (it does not cover the choice of questions; 0.000 says that all seeds answered equally many). One or two seeds are
+listed one by one, more or fewer than five are counted in brackets. Settings with one or two seeds are explorations: do not rank them.
 
 The normalisation of *igpo* was chosen by dev F1 of seed 0 of the sparse and the mixed regime; the last column of the paired differences
 leaves that seed out.
 
-By regime, means over seeds: *dev F1 x*: the first evaluation that reached half of the best dev F1, by step and by the tokens the policy generated
-till then, those of Monte-Carlo rollouts included. *No signal*: groups in which all F1 agree; in which all outcomes do, where a format penalty alone
-makes a difference; and which would teach nothing if gains were used, whatever the setting uses, where noise in a gain counts. *Turns*: in the first step and the last five. *Right*: a search that found a supporting page not seen before; its
-gain in nats and its return (Eq. 6), in the first five steps. *Seconds, searches, generated tokens*: of a step. Seconds are of one thread beside
-other jobs, more of them in some runs than in others: do not compare them."""
+By regime, means over seeds: *dev F1 x*: the first evaluation that reached half of the best dev F1, by step and by the tokens the policy
+generated till then, those of Monte-Carlo rollouts included. *No signal*: groups in which all F1 agree (only of runs whose rollouts were at hand,
+else -); in which all outcomes do, where a format penalty alone makes a difference; and which would teach nothing if gains were used, whatever
+the setting uses, where noise in a gain counts. *Turns*: in the first step and the last five. *Right*: a search that found a supporting page
+not seen before; its gain in nats and its return (Eq. 6), in the first five steps: the calibration of the belief. *Seconds, searches, generated
+tokens*: of a step. Seconds are of one thread beside other jobs, more of them in some runs than in others: do not compare them."""
 
 
 def hops_of(regime: str) -> str:
@@ -207,7 +208,7 @@ def details(regime: str, finals: list[dict], curves: list[dict]) -> list[str]:
             own = [c for c in curves if (c["regime"], c["setting"], c["seed"]) == (regime, setting, f["seed"])]
             reached += [(c["step"], c["generated_tokens"] / 1000) for c in own if c["dev_f1"] >= half][:1]
         when = (", ".join(f"{statistics.mean(x):.0f}" for x in zip(*reached)) + f" ({len(reached)} of {len(fs)})" * (len(reached) < len(fs))) if reached else "never"
-        share = lambda key: "" if math.isnan(m(key)) else f"{m(key):.0%}"
+        share = lambda key: "-" if math.isnan(m(key)) else f"{m(key):.0%}"
         pair = lambda what: f"{m(f'{what}_right_early'):+.2f} / {m(f'{what}_wrong_early'):+.2f}"
         lines.append(f"| {setting} | {len(fs)} | {show([f['test_f1'] for f in fs])} | {show([f['dev_f1'] for f in fs])} | {m('area'):.3f} | {when} "
                      f"| {', '.join(map(share, ('no_signal_f1', 'no_signal_outcome', 'no_signal_igpo')))} | {m('turns_start'):.1f} -> {m('turns_end'):.1f} | {pair('gain')} | {pair('return')} "
