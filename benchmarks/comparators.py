@@ -84,7 +84,7 @@ def mc_values(model, tokenizer, rollouts: list[Rollout], asked: list[dict], sear
     from there; the increase is the turn's reward. Returns (values per rollout, tokens generated for them).
 
     The paper finds states by tree search (MCTS) and trains DPO on pairs of them; here the states are those of the rollouts,
-    and the rewards go through Eq. 5-7 like all others.
+    and the rewards go through Eq. 5-7 like all others. The start, which a group shares, is valued by the rollouts from all of its copies.
     """
     starts = [Rollout(r.ids[:b], r.mask[:b], r.turns[:b], r.boundaries[:t + 1], queries=r.queries[:t], retrieved=r.retrieved[:t], errors=r.errors[:t])
               for r in rollouts for t, b in enumerate(r.boundaries) for _ in range(cfg.mc_rollouts)]
@@ -96,7 +96,7 @@ def mc_values(model, tokenizer, rollouts: list[Rollout], asked: list[dict], sear
         for _ in r.boundaries:
             some = [next(ends) for _ in range(cfg.mc_rollouts)]
             values[-1].append(mean(f1_score(s.answer, q["answers"]) * alpha ** len(s.boundaries) for s in some))
-    for g in groups_of(rollouts, cfg):      # all rollouts of a group start in one state, which has one value
+    for g in groups_of(rollouts, cfg):
         root = mean(v[0] for v in values[g])
         for v in values[g]:
             v[0] = root

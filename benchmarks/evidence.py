@@ -83,6 +83,7 @@ def run(job: tuple[str, str, dict, int, str]) -> str:
     regime, setting, options, seed, folder = job
     import torch
     import igpo
+    from eval import read_jsonl
     torch.set_num_threads(1)
     out = Path(folder) / f"{regime}-{''.join(c if c.isalnum() else '_' for c in setting)}-seed{seed}"
     if (out / "final.json").is_file():
@@ -105,12 +106,10 @@ def run(job: tuple[str, str, dict, int, str]) -> str:
 
 # ---- what came out ---------------------------------------------------------------------------------------------------
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
-
-
 def read(out: Path, last: int) -> tuple[dict, list[dict]]:
     """(numbers of a run up to its step `last`, its curve)."""
+    from eval import read_jsonl
+    from igpo import info_gains
     final = json.loads((out / "final.json").read_text())
     rows = [row for row in read_jsonl(out / "metrics.jsonl") if row["step"] <= last]
     if rows[-1]["step"] != last:
@@ -123,7 +122,6 @@ def read(out: Path, last: int) -> tuple[dict, list[dict]]:
             curve.append({"step": row["step"], "generated_tokens": tokens, "dev_f1": row["eval_f1"], "turns": row["eval_turns"]})
     mean = lambda key, some=steps: statistics.mean(row[key] for row in some)
     area = sum((b["step"] - a["step"]) * (a["dev_f1"] + b["dev_f1"]) / 2 for a, b in zip(curve, curve[1:])) / curve[-1]["step"]
-    from igpo import info_gains
     earned = defaultdict(list)            # what right and wrong searches gained and were credited with (Eq. 6), early and late in the run
     scores = defaultdict(set)             # F1 of a group
     for r in read_jsonl(out / "rollouts.jsonl"):
@@ -206,7 +204,7 @@ def details(regime: str, finals: list[dict], curves: list[dict]) -> list[str]:
         reached = []
         for f in fs:
             own = [c for c in curves if (c["regime"], c["setting"], c["seed"]) == (regime, setting, f["seed"])]
-            reached += [(c["step"], c["generated_tokens"] / 1000) for c in own if c["dev_f1"] >= half][:1]
+            reached += [(c["step"], c["generated_tokens"] / 1000) for c in own if c["dev_f1"] >= half > start][:1]
         when = (", ".join(f"{statistics.mean(x):.0f}" for x in zip(*reached)) + f" ({len(reached)} of {len(fs)})" * (len(reached) < len(fs))) if reached else "never"
         share = lambda key: "-" if math.isnan(m(key)) else f"{m(key):.0%}"
         pair = lambda what: f"{m(f'{what}_right_early'):+.2f} / {m(f'{what}_wrong_early'):+.2f}"

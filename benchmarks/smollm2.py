@@ -149,8 +149,8 @@ def tables(folder: Path) -> None:
     lengths = {json.loads((out / "final.json").read_text())["steps"] for out in outs}
     if len(lengths) > 1:
         raise SystemExit(f"{folder}: its runs have {sorted(lengths)} steps. Let --train bring all to the same.")
-    last, = lengths
-    runs = [(*evidence.read(out, last), [row for row in read_run(str(out))[1] if row["step"] <= last]) for out in outs]
+    length, = lengths
+    runs = [(*evidence.read(out, length), [row for row in read_run(str(out))[1] if row["step"] <= length]) for out in outs]
     (HERE / "smollm2.jsonl").write_text("".join(json.dumps({"setting": f["setting"], "seed": f["seed"], **row}) + "\n" for f, _, rows in runs for row in rows))
     config, steps = json.loads((outs[0] / "config.json").read_text()), [c["step"] for c in runs[0][1]]
     warm = json.loads((Path(config["model"]) / "warm_start.json").read_text())
