@@ -2,6 +2,7 @@
 
     python benchmarks/evidence.py                                        # all of it: hours
     python benchmarks/evidence.py --regimes mixed --settings igpo "grpo, centred"   # a part; stop and start it at will, it goes on
+    python benchmarks/evidence.py --costs                                # what a step of each --credit costs: minutes, on a machine that does nothing else
     python benchmarks/evidence.py --tables                               # CSVs, figure and tables from the runs that are there
     python benchmarks/evidence.py --tables --keep                        # .. and from the rows of the CSVs, for runs that are not
 
@@ -10,15 +11,18 @@ questions, where at first the F1 of nearly all groups agree; *mixed*, the demo a
 questions, rollouts per question, updates and the seeds' data order. dev and test questions are of ships that no training
 question names.
 
-Writes evidence_curves.csv (a row per evaluation), evidence_final.csv (a row per run), evidence.md and ../docs/evidence.png.
+Writes evidence_curves.csv (a row per evaluation), evidence_final.csv (a row per run), evidence_costs.csv (a row per step that was
+timed), evidence.md and ../docs/evidence.png.
 """
 import argparse
+import contextlib
 import csv
 import json
 import math
 import os
 import statistics
 import sys
+import tempfile
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -53,19 +57,26 @@ ABLATION = {
     "gamma 0.5": {"gamma": 0.5},
     "curriculum": {"curriculum": True},
 }
-LEVERS = {   # what might decide whether a dense signal pays: the penalty for a broken format, and the size of a group
+LEVERS = {   # what might decide whether a dense signal pays: the penalty for a broken format, the size of a group; and what might keep v2 from shortening
     "igpo, no penalty": {"format_penalty": 0.0},
     "grpo, centred, no penalty": {"credit": "grpo", "format_penalty": 0.0},
     "gigpo, no penalty": {"credit": "gigpo", "gamma": 0.95, "format_penalty": 0.0},
     "igpo v2, no penalty": {"gain": "logprob", "norm": "separate", "format_penalty": 0.0},
     "prob, turn, no penalty": {"norm": "turn", "format_penalty": 0.0},
-    "igpo, penalty -2": {"format_penalty": -2.0},
     "igpo, no penalty, G 4": {"format_penalty": 0.0, "group": 4},
     "grpo, centred, no penalty, G 4": {"credit": "grpo", "format_penalty": 0.0, "group": 4},
     "grpo, z-scored, no penalty, G 4": {"credit": "grpo", "norm": "separate", "format_penalty": 0.0, "group": 4},
+    "igpo, penalty -2": {"format_penalty": -2.0},
+    "igpo v2, penalty -2": {"gain": "logprob", "norm": "separate", "format_penalty": -2.0},      # from here: what the paper has and we do not
+    "igpo v2, 10 turns": {"gain": "logprob", "norm": "separate", "max_turns": 10},
+    "igpo v2, 4 x 16": {"gain": "logprob", "norm": "separate", "questions": 4, "group": 16},
+    "igpo v2, lr 1e-4": {"gain": "logprob", "norm": "separate", "lr": 1e-4},
+    "igpo v2, KL 0.1": {"gain": "logprob", "norm": "separate", "kl_coef": 0.1},
 }
 SETTINGS = {**MAIN, **ABLATION, **LEVERS}
-PAIRS = [*(("igpo", other) for other in [*MAIN, "prob, turn"] if other != "igpo"),
+COSTS = ("igpo", "igpo without beliefs", "grpo, centred", "stepsearch", "reasonrag", "gigpo")      # a setting a --credit; other options cost nothing
+PAIRS = [*(("igpo", other) for other in MAIN if other != "igpo"), ("stepsearch", "grpo, centred"),
+         ("prob, turn", "grpo, z-scored"), ("prob, turn", "grpo, z-scored, no penalty"),      # gains with rewards that are divided by their spread
          *((f"igpo, no penalty{group}", f"grpo, {form}, no penalty{group}") for group in ("", ", G 4") for form in ("centred", "z-scored"))]
 COMMON = dict(questions=8, group=8, eval_every=5, eval_questions=200, show_every=0)
 
@@ -76,6 +87,13 @@ def write_questions(folder: Path) -> None:
         for split in ("train", "dev", "test"):
             lines = (HERE.parent / f"demo/{split}.jsonl").read_text(encoding="utf-8").splitlines(True)
             (folder / f"{regime}-{split}.jsonl").write_text("".join(line for line in lines if json.loads(line)["hops"] in hops), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def quietly():
+    """Nothing is printed within."""
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        yield
 
 
 def run(job: tuple[str, str, dict, int, str]) -> str:
@@ -90,18 +108,42 @@ def run(job: tuple[str, str, dict, int, str]) -> str:
         return f"{out.name}: done before"
     cfg = igpo.Config(**{**igpo.DEMO, **COMMON, **options, "steps": STEPS[regime], "seed": seed, "out": str(out),
                          "train": f"{folder}/{regime}-train.jsonl", "dev": f"{folder}/{regime}-dev.jsonl", "resume": str(out) if (out / "checkpoint").is_dir() else ""})
-    with open(os.devnull, "w") as nothing:
-        sys.stdout, sys.stderr, screen = nothing, nothing, (sys.stdout, sys.stderr)
-        try:
-            igpo.train(cfg)
-            model, tokenizer = igpo.load_model(cfg, adapter=str(out))
-        finally:
-            sys.stdout, sys.stderr = screen
+    with quietly():
+        igpo.train(cfg)
+        model, tokenizer = igpo.load_model(cfg, adapter=str(out))
     if read_jsonl(out / "metrics.jsonl")[-1]["step"] < cfg.steps:
         raise SystemExit(f"{out}: interrupted. The same command goes on from here.")
     test = igpo.evaluate(model, tokenizer, igpo.load_questions(f"{folder}/{regime}-test.jsonl"), igpo.open_run_search(cfg), cfg)
     (out / "final.json").write_text(json.dumps({"regime": regime, "setting": setting, "seed": seed, "test_f1": test["eval_f1"], "test_em": test["eval_em"]}) + "\n")
     return f"{out.name}: test F1 {test['eval_f1']:.3f}"
+
+
+def costs(seeds: list[int]) -> None:
+    """Seconds of steps in the mixed regime, setting after setting, of the same rollouts (the learning rate is 0); the first step of a run warms up.
+
+    *Without beliefs* only the old log-probs are computed, as PPO needs them: the rest is what the information gain costs.
+    """
+    import torch
+    import igpo
+    from eval import read_jsonl
+    torch.set_num_threads(1)
+    rows, score = [], igpo.score
+
+    def no_beliefs(model, tokenizer, rollouts, golds, cfg):
+        return igpo.forward_scores(model, tokenizer, rollouts, None, cfg)[0], [[0.0] * len(r.boundaries) for r in rollouts]
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in seeds:
+            for setting in COSTS:
+                out = Path(folder) / f"{setting}-{seed}"
+                igpo.score = no_beliefs if "without" in setting else score
+                with quietly():
+                    igpo.train(igpo.Config(**{**igpo.DEMO, **COMMON, **SETTINGS.get(setting, {}), "lr": 0.0, "steps": 3, "eval_every": 0, "seed": seed, "out": str(out)}))
+                for row in read_jsonl(out / "metrics.jsonl")[1:]:
+                    kept = ("policy_tokens", "generated_tokens", "searches", *(key for key in row if key.startswith("seconds")))
+                    rows.append({"setting": setting, "seed": seed, "step": row["step"], **{key: row[key] for key in kept}})
+                print(f"{setting}, seed {seed}: {rows[-1]['seconds']:.1f} s", flush=True)
+    igpo.score = score
+    write_csv("costs", rows)
 
 
 # ---- what came out ---------------------------------------------------------------------------------------------------
@@ -123,7 +165,7 @@ def read(out: Path, last: int) -> tuple[dict, list[dict]]:
     mean = lambda key, some=steps: statistics.mean(row[key] for row in some)
     area = sum((b["step"] - a["step"]) * (a["dev_f1"] + b["dev_f1"]) / 2 for a, b in zip(curve, curve[1:])) / curve[-1]["step"]
     earned = defaultdict(list)            # what right and wrong searches gained and were credited with (Eq. 6), early and late in the run
-    scores = defaultdict(set)             # F1 of a group
+    scores = defaultdict(set)             # F1 of a group, by step and question
     for r in read_jsonl(out / "rollouts.jsonl"):
         if r["step"] > last:
             break
@@ -139,7 +181,8 @@ def read(out: Path, last: int) -> tuple[dict, list[dict]]:
             met |= new
     calibration = {"_".join(key): statistics.mean(values) for key, values in earned.items()}
     return {**final, "dev_f1_start": curve[0]["dev_f1"], "dev_f1": curve[-1]["dev_f1"], "best": max(c["dev_f1"] for c in curve), "area": area,
-            "no_signal_f1": statistics.mean(len(f1s) == 1 for f1s in scores.values()), "no_signal_outcome": mean("no_signal_outcome"), "no_signal_igpo": mean("no_signal_igpo"), "seconds": mean("seconds"),
+            "no_signal_f1": statistics.mean(len(f1s) == 1 for f1s in scores.values()),
+            "no_signal_f1_early": statistics.mean(len(f1s) == 1 for (step, _), f1s in scores.items() if step <= 5), "no_signal_outcome": mean("no_signal_outcome"), "no_signal_igpo": mean("no_signal_igpo"), "seconds": mean("seconds"),
             "searches": mean("searches"), "generated_tokens": mean("generated_tokens"), "policy_tokens": mean("policy_tokens"),
             "score_share": mean("seconds_score") / mean("seconds"), "turns_start": steps[0]["turns"], "turns_end": mean("turns", steps[-5:]), **calibration}, curve
 
@@ -153,6 +196,12 @@ def show(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {t * statistics.stdev(values) / math.sqrt(n):.3f}"
 
 
+def counted(values) -> str:
+    """show(), with the number of values in brackets unless it is the usual five or can be seen."""
+    values = list(values)
+    return show(values) + ("" if len(values) in (0, 1, 2, 5) else f" ({len(values)})")
+
+
 HEAD = """# Does information gain help?
 
 Made by `python benchmarks/evidence.py`. Every setting of a regime starts from the same policy. *Test F1*: greedy, after the last step, on 67
@@ -160,44 +209,87 @@ Made by `python benchmarks/evidence.py`. Every setting of a regime starts from t
 95 % t interval over seeds (it does not cover the choice of questions; 0.000 says that all seeds answered equally many). One or two seeds are
 listed one by one, more or fewer than five are counted in brackets. Settings with one or two seeds are explorations: do not rank them.
 
-The normalisation of *igpo* was chosen by dev F1 of seed 0 of the sparse and the mixed regime; the last column of the paired differences
-leaves that seed out.
+How *igpo* was chosen: gains in probability after seeds 0 to 4 of *logprob, turn* and *prob, turn* in the mixed regime, `centre` against `turn` and
+`scale` by dev F1 of seed 0 of the sparse and the mixed one; *igpo v1* and *prob, separate* were run later. Seeds 1 to 4 of the sparse regime
+and all of the dense one had no part in it.
 
 By regime, means over seeds: *dev F1 x*: the first evaluation that reached half of the best dev F1, by step and by the tokens the policy
-generated till then, those of Monte-Carlo rollouts included. *No signal*: groups in which all F1 agree (only of runs whose rollouts were at hand,
-else -); in which all outcomes do, where a format penalty alone makes a difference; and which would teach nothing if gains were used, whatever
-the setting uses, where noise in a gain counts. *Turns*: in the first step and the last five. *Right*: a search that found a supporting page
-not seen before; its gain in nats and its return (Eq. 6), in the first five steps: the calibration of the belief. *Seconds, searches, generated
-tokens*: of a step. Seconds are of one thread beside other jobs, more of them in some runs than in others: do not compare them."""
+generated till then, those of Monte-Carlo rollouts included. *No signal*: groups in which all F1 agree, in the first five steps and in all
+(of the runs whose rollouts were at hand: how many, if not all, stands in brackets); in which all outcomes do, where a format penalty alone makes a
+difference; and which would teach nothing if gains were used, whatever the setting uses, where noise in a gain counts. *Turns*: in the first step
+and the last five. *Right*: a search that found a supporting page not seen before; its mean gain in nats, in the first five and the last five
+steps (the calibration of the belief), and its return (Eq. 6) in the first five. *Searches, generated tokens*: of a step. For seconds see
+*What a step costs*: those of the runs are of one thread beside other jobs, and not comparable."""
 
 
 def hops_of(regime: str) -> str:
     return " to ".join(map(str, sorted({HOPS[regime][0], HOPS[regime][-1]}))) + " hops"
 
 
-def overview(finals: list[dict], settings: dict, cell) -> list[str]:
+def of(finals: list[dict], regime: str, setting: str) -> dict[int, dict]:
+    """The runs of a setting in a regime, by seed."""
+    return {f["seed"]: f for f in finals if (f["regime"], f["setting"]) == (regime, setting)}
+
+
+def flags(setting: str) -> str:
+    """The setting as it is typed after `python igpo.py`."""
+    options = (f"--{k}" if v is True else f"--{k} {v:g}" if isinstance(v, (int, float)) else f"--{k} {v}" for k, v in SETTINGS[setting].items())
+    return f"`{' '.join(options)}`" if SETTINGS[setting] else ""
+
+
+def regime_table(heads: list[str], rows: list[tuple[list[str], dict]]) -> list[str]:
+    """A table of rows (leading cells, {regime: (test F1, area)}); a row of no regime and a regime of no row are left out."""
+    regimes = [regime for regime in HOPS if any(regime in cells for _, cells in rows)]
+    lines = ["| " + " | ".join([*heads, *(f"{regime}, {hops_of(regime)}: test F1 | area" for regime in regimes)]) + " |",
+             "|" + "---|" * len(heads) + "---:|" * 2 * len(regimes)]
+    return lines + ["| " + " | ".join([*lead, *(cell for regime in regimes for cell in cells.get(regime, ("", "")))]) + " |" for lead, cells in rows if cells]
+
+
+def overview(finals: list[dict], settings, cell) -> list[str]:
     """A row a setting: its options, and cell(key, runs) of test F1 and of the area under the dev curve, by regime."""
-    lines = ["| setting | options | " + " | ".join(f"{regime}, {hops_of(regime)}: test F1 | area" for regime in HOPS) + " |", "|---|---|" + "---:|" * 2 * len(HOPS)]
-    for setting, options in settings.items():
-        cells = []
+    rows = []
+    for setting in settings:
+        runs = {regime: list(fs.values()) for regime in HOPS if (fs := of(finals, regime, setting))}
+        rows.append(([setting, flags(setting)], {regime: (cell("test_f1", fs), cell("area", fs)) for regime, fs in runs.items()}))
+    return regime_table(["setting", "options"], rows)
+
+
+def differences(finals: list[dict], pairs: list[tuple[str, str]], but: tuple = ()) -> list[str]:
+    """A row a pair of settings: the first less the second, of the same seeds, without the seeds of `but`."""
+    rows = []
+    for pair in pairs:
+        cells = {}
         for regime in HOPS:
-            fs = [f for f in finals if (f["regime"], f["setting"]) == (regime, setting)]
-            cells += [cell("test_f1", fs), cell("area", fs)] if fs else ["", ""]
-        if any(cells):
-            flags = " ".join(f"--{k}" if v is True else f"--{k} {v:g}" if isinstance(v, (int, float)) else f"--{k} {v}" for k, v in options.items())
-            lines.append(f"| {setting} | {flags and f'`{flags}`'} | " + " | ".join(cells) + " |")
+            ours, theirs = (of(finals, regime, setting) for setting in pair)
+            if both := sorted(set(ours) & set(theirs) - set(but)):
+                cells[regime] = tuple(counted(ours[seed][key] - theirs[seed][key] for seed in both) for key in ("test_f1", "area"))
+        rows.append(([f"{pair[0]} − {pair[1]}"], cells))
+    return regime_table(["the first − the second"], rows)
+
+
+def ablation(finals: list[dict]) -> list[str]:
+    """A row a setting: the mixed regime, also igpo less the setting on the same seeds, and test F1 in the sparse one."""
+    lines = ["| setting | options | mixed: test F1 | area | igpo − it: test F1 | area | sparse: test F1 |", "|---|---|" + "---:|" * 5]
+    ours = of(finals, "mixed", "igpo")
+    for setting in ("igpo", "grpo, centred", "igpo v2", *ABLATION):
+        mixed, sparse = of(finals, "mixed", setting), of(finals, "sparse", setting)
+        both = sorted(set(ours) & set(mixed)) if setting != "igpo" else []
+        cells = [counted(run[key] for run in mixed.values()) for key in ("test_f1", "area")]
+        cells += [counted(ours[seed][key] - mixed[seed][key] for seed in both) for key in ("test_f1", "area")]
+        if mixed or sparse:
+            lines.append("| " + " | ".join([setting, flags(setting), *cells, counted(run["test_f1"] for run in sparse.values())]) + " |")
     return lines
 
 
 def details(regime: str, finals: list[dict], curves: list[dict]) -> list[str]:
     """All figures of a regime, a row a setting."""
-    by_setting = {s: fs for s in SETTINGS if (fs := [f for f in finals if (f["regime"], f["setting"]) == (regime, s)])}
+    by_setting = {s: list(fs.values()) for s in SETTINGS if (fs := of(finals, regime, s))}
     if not by_setting:
         return []
     half = max(statistics.mean(f["best"] for f in fs) for fs in by_setting.values()) / 2
     start = statistics.mean(f["dev_f1_start"] for fs in by_setting.values() for f in fs)
     lines = [f"\n**{regime}** ({hops_of(regime)}, {STEPS[regime]} steps; dev F1 of the warm start {start:.3f})\n",
-             f"| setting | seeds | test F1 | dev F1 | area | dev F1 {half:.2f}: step, 1,000 tokens | no signal: F1, outcomes, with gains | turns | gain right / wrong | return right / wrong | seconds | searches | generated |",
+             f"| setting | seeds | test F1 | dev F1 | area | dev F1 {half:.2f}: step, 1,000 tokens | no signal: F1 early, F1, outcomes, with gains | turns | gain right / wrong: early | late | return right / wrong | searches | generated |",
              "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for setting, fs in by_setting.items():
         m = lambda key: statistics.mean([f[key] for f in fs if key in f] or [math.nan])      # few steps may hold no right search
@@ -207,11 +299,45 @@ def details(regime: str, finals: list[dict], curves: list[dict]) -> list[str]:
             reached += [(c["step"], c["generated_tokens"] / 1000) for c in own if c["dev_f1"] >= half > start][:1]
         when = (", ".join(f"{statistics.mean(x):.0f}" for x in zip(*reached)) + f" ({len(reached)} of {len(fs)})" * (len(reached) < len(fs))) if reached else "never"
         share = lambda key: "-" if math.isnan(m(key)) else f"{m(key):.0%}"
-        pair = lambda what: f"{m(f'{what}_right_early'):+.2f} / {m(f'{what}_wrong_early'):+.2f}"
+        known = [f for f in fs if "no_signal_f1" in f]
+        pair = lambda what, part: f"{m(f'{what}_right_{part}'):+.2f} / {m(f'{what}_wrong_{part}'):+.2f}"
         lines.append(f"| {setting} | {len(fs)} | {show([f['test_f1'] for f in fs])} | {show([f['dev_f1'] for f in fs])} | {m('area'):.3f} | {when} "
-                     f"| {', '.join(map(share, ('no_signal_f1', 'no_signal_outcome', 'no_signal_igpo')))} | {m('turns_start'):.1f} -> {m('turns_end'):.1f} | {pair('gain')} | {pair('return')} "
-                     f"| {m('seconds'):.1f} | {m('searches'):.0f} | {m('generated_tokens'):.0f} |")
+                     f"| {', '.join(map(share, ('no_signal_f1_early', 'no_signal_f1')))}{f' ({len(known)})' * (0 < len(known) < len(fs))}, "
+                     f"{share('no_signal_outcome')}, {share('no_signal_igpo')} | {m('turns_start'):.1f} -> {m('turns_end'):.1f} "
+                     f"| {pair('gain', 'early')} | {pair('gain', 'late')} | {pair('return', 'early')} "
+                     f"| {m('searches'):.0f} | {m('generated_tokens'):.0f} |")
     return lines
+
+
+def cost_table() -> list[str]:
+    """Seconds of a step by part, and as a multiple of igpo's in the same step of the same seed, from the least to the greatest."""
+    rows = {(row["setting"], row["seed"], row["step"]): row for row in read_csv("costs")}
+    if not rows:
+        return ["Not measured yet: `python benchmarks/evidence.py --costs`."]
+    steps = sorted({key[1:] for key in rows})
+    lines = [f"`python benchmarks/evidence.py --costs`: means over {len(steps)} steps of the mixed regime, one setting after another on a machine that did nothing else, one thread. All settings\n"
+             "play the same rollouts from the warm start, and read beliefs, for the metrics, whether their credit uses them or not.\n",
+             "| setting | seconds | times igpo's | rollouts | searches | scoring | step rewards | update | generated tokens | queries |", "|---|" + "---:|" * 9]
+    for setting in COSTS:
+        m = lambda key: statistics.mean(rows[setting, *step][key] for step in steps)
+        times = [rows[setting, *step]["seconds"] / rows["igpo", *step]["seconds"] for step in steps]
+        parts = " | ".join(f"{m(f'seconds_{part}'):.2f}" for part in ("rollout", "search", "score", "credit", "update"))
+        lines.append(f"| {setting} | {m('seconds'):.2f} | {statistics.mean(times):.2f} ({min(times):.2f} to {max(times):.2f}) | {parts} | {m('generated_tokens'):.0f} | {m('searches'):.0f} |")
+    return lines
+
+
+def write_csv(name: str, rows: list[dict]) -> None:
+    with open(HERE / f"evidence_{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def read_csv(name: str) -> list[dict]:
+    """The rows, numbers as such; none if there is no such file."""
+    path = HERE / f"evidence_{name}.csv"
+    with open(path if path.exists() else os.devnull, newline="") as file:
+        return [{k: v if k in ("regime", "setting") else int(v) if v.isdigit() else float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 def tables(folder: Path, keep: bool) -> None:
@@ -223,32 +349,21 @@ def tables(folder: Path, keep: bool) -> None:
     which = lambda row: (row["regime"], row["setting"], int(row["seed"]))
     there = set(map(which, finals))
     for name, rows in (("final", finals), ("curves", curves)) if keep else ():
-        with open(HERE / f"evidence_{name}.csv", newline="") as file:
-            rows += [{k: v if k in ("regime", "setting") else int(v) if v.isdigit() else float(v) for k, v in row.items() if v}
-                     for row in csv.DictReader(file) if which(row) not in there]
+        rows += [row for row in read_csv(name) if which(row) not in there]
     if unknown := {f["setting"] for f in finals} - set(SETTINGS):
         raise SystemExit(f"{folder}: runs of settings that this file does not know: {', '.join(sorted(unknown))}.")
     finals.sort(key=which)
     curves.sort(key=lambda row: (*which(row), row["step"]))
     if not finals:
         raise SystemExit(f"{folder}: no finished run in it yet.")
-    columns = list(dict.fromkeys(key for final in finals for key in final))
-    for name, rows, keys in (("final", finals, columns), ("curves", curves, list(curves[0]))):
-        with open(HERE / f"evidence_{name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, keys, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    number = lambda fs: "" if len(fs) in (1, 2, 5) else f" ({len(fs)})"        # one and two show for themselves
-    lines = [HEAD, "\n## The main settings\n", *overview(finals, MAIN, lambda key, fs: show([f[key] for f in fs]) + number(fs)),
+    write_csv("final", finals)
+    write_csv("curves", curves)
+    lines = [HEAD, "\n## The main settings\n", *overview(finals, MAIN, lambda key, fs: counted(f[key] for f in fs)),
              "\n## All settings, mean (seeds)\n", *overview(finals, SETTINGS, lambda key, fs: f"{statistics.mean(f[key] for f in fs):.3f} ({len(fs)})"),
-             "\n## Paired differences: the first less the second, of the same seeds\n", "| regime | first | second | seeds | test F1 | area | area without seed 0 |", "|---|---|---|---|---|---|---|"]
-    for regime in HOPS:
-        for first, second in PAIRS:
-            ours, theirs = ({f["seed"]: f for f in finals if f["regime"] == regime and f["setting"] == s} for s in (first, second))
-            if both := sorted(set(ours) & set(theirs)):
-                apart = lambda key, seeds: show([ours[seed][key] - theirs[seed][key] for seed in seeds])
-                lines.append(f"| {regime} | {first} | {second} | {len(both)} | {apart('test_f1', both)} | {apart('area', both)} | {apart('area', [s for s in both if s])} |")
-    lines += ["\n## Everything, by regime", *(line for regime in HOPS for line in details(regime, finals, curves))]
+             "\n## Paired differences, of the same seeds\n", *differences(finals, PAIRS),
+             "\nThe same without seed 0:\n", *differences(finals, [(ours, theirs) for ours, theirs in PAIRS if theirs in MAIN], but=(0,)),
+             "\n## The ablation\n", *ablation(finals)]
+    lines += ["\n## What a step costs\n", *cost_table(), "\n## Everything, by regime", *(line for regime in HOPS for line in details(regime, finals, curves))]
     (HERE / "evidence.md").write_text("\n".join(lines) + "\n")
     print((HERE / "evidence.md").read_text())
     figure(curves)
@@ -300,9 +415,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     parser.add_argument("--folder", type=Path, default=HERE.parent / "runs" / "evidence")
+    parser.add_argument("--costs", action="store_true", help="no runs: time some steps of each --credit")
     parser.add_argument("--tables", action="store_true", help="no runs: only read those that are there")
     parser.add_argument("--keep", action="store_true", help="what the CSVs hold of runs that are not in --folder stays")
     args = parser.parse_args()
+    if args.costs:
+        return costs(args.seeds)
     if not args.tables:
         os.environ["OMP_NUM_THREADS"] = "1"
         args.folder.mkdir(parents=True, exist_ok=True)
