@@ -3174,10 +3174,10 @@ def test_evidence_by_hand_and_from_end_to_end(tmp_path, monkeypatch):
     columns = ["test_f1", "dev_f1_start", "dev_f1", "best", "area", "no_signal_outcome", "no_signal_igpo", "seconds", "searches", "generated_tokens", "turns_start",
                "turns_end", *(f"{what}_{kind}_early" for what in ("gain", "return") for kind in ("right", "wrong"))]
     finals, curves = [",".join(["regime,setting,seed", *columns])], ["regime,setting,seed,step,generated_tokens,dev_f1,turns"]
-    for setting, scores in (("igpo", (.8, .9, 1.0)), ('"grpo, z-scored"', (.7, .9, .8))):
+    for setting, scores in (("igpo", (.8, .9, 1.0)), ('"grpo, centred"', (.7, .9, .8))):
         for seed, f1 in enumerate(scores):
-            finals.append(",".join(map(str, ["sparse", setting, seed, f1, .1, f1, f1, f1 / 2] + [0.5] * (len(columns) - 5))))
-            curves += [f"sparse,{setting},{seed},0,0,0.1,5", f"sparse,{setting},{seed},{10 + seed},{1000 * (1 + seed)},{f1},4"]
+            finals.append(",".join(map(str, ["mixed", setting, seed, f1, .1, f1, f1, f1 / 2] + [0.5] * (len(columns) - 5))))
+            curves += [f"mixed,{setting},{seed},0,0,0.1,5", f"mixed,{setting},{seed},{10 + seed},{1000 * (1 + seed)},{f1},4"]
     (tmp_path / "benchmarks/evidence_final.csv").write_text("\n".join(finals) + "\n")
     (tmp_path / "benchmarks/evidence_curves.csv").write_text("\n".join(curves) + "\n")
     evidence.write_questions(tmp_path / "runs")
@@ -3208,8 +3208,9 @@ def test_evidence_by_hand_and_from_end_to_end(tmp_path, monkeypatch):
     evidence.tables(tmp_path / "runs", keep=True)
     text = (tmp_path / "benchmarks/evidence.md").read_text()
     assert "| igpo | 3 | 0.900 ± 0.248 |" in text and "| 0.450 | 11, 2 |" in text and "| 0.900 ± 0.248 (3) | 0.450 ± 0.124 (3) |" in text                       # half of the best, at steps 10, 11, 12
-    pair = re.findall(r"\| igpo − grpo, z-scored \|(.*)", text)                                     # with seed 0 and without; dense has no pair
-    assert pair == ["  |  | 0.100 ± 0.248 (3) | 0.050 ± 0.124 (3) |", " 0.000, 0.200 | 0.000, 0.100 |"]
+    pair = re.findall(r"\| igpo − grpo, centred \|(.*)", text)                                      # with seed 0 and without; dense has no pair
+    assert pair == ["  |  | 0.100 ± 0.248 (3) | 0.050 ± 0.124 (3) |", "  |  | 0.000, 0.200 | 0.000, 0.100 |"]
+    assert "| grpo, centred | `--credit grpo` | 0.800 ± 0.248 (3) | 0.400 ± 0.124 (3) | 0.100 ± 0.248 (3) | 0.050 ± 0.124 (3) |  |" in text         # the ablation
     assert "**dense** (2 hops, 2 steps; dev F1 of the warm start " in text
     ours, bare, theirs = ([row for row in evidence.read_csv("costs") if row["setting"] == setting] for setting in evidence.COSTS)    # the same rollouts, and more
     assert [row["step"] for row in ours] == [2, 3] == [row["step"] for row in theirs] and [row["policy_tokens"] for row in bare] == [row["policy_tokens"] for row in ours]
@@ -3218,7 +3219,7 @@ def test_evidence_by_hand_and_from_end_to_end(tmp_path, monkeypatch):
     assert float(cells[1]) == pytest.approx((theirs[0]["seconds"] + theirs[1]["seconds"]) / 2, abs=0.006) and "| 1.00 (1.00 to 1.00) |" in text
     with open(tmp_path / "benchmarks/evidence_final.csv", newline="") as file:
         rows = [(row["regime"], row["setting"], row["seed"]) for row in csv.DictReader(file)]
-    assert rows == [("dense", "grpo, z-scored, no penalty", "5"), ("dense", "igpo", "5"), *(("sparse", s, seed) for s in ("grpo, z-scored", "igpo") for seed in "012")]
+    assert rows == [("dense", "grpo, z-scored, no penalty", "5"), ("dense", "igpo", "5"), *(("mixed", s, seed) for s in ("grpo, centred", "igpo") for seed in "012")]
     # of the real run: the area is that of its own evaluations, and every search is right or wrong
     final, curve = evidence.read(tmp_path / "runs" / names["igpo"], 2)
     assert [c["step"] for c in curve] == [0, 1, 2] and final["area"] == pytest.approx((curve[0]["dev_f1"] / 2 + curve[1]["dev_f1"] + curve[2]["dev_f1"] / 2) / 2)
