@@ -212,7 +212,7 @@ listed one by one, more or fewer than five are counted in brackets. Settings wit
 
 How *igpo* was chosen: gains in probability after seeds 0 to 4 of *logprob, turn* and *prob, turn* in the mixed regime, `centre` against `turn` and
 `scale` by dev F1 of seed 0 of the sparse and, without a run of `scale`, the mixed one; *igpo v1* and *prob, separate* were run later. Seeds 1 to 4 of
-the sparse regime and all of the dense one had no part in it. Seeds 5 to 7 of the mixed one were run to check, after the others had been read.
+the sparse regime and all of the dense one had no part in it. Seeds 5 to 9 of the mixed one were run to check, after the others had been read (first 5 to 7, then two more).
 
 By regime, means over seeds: *dev F1 x*: the first evaluation that reached half of the best dev F1, by step and by the tokens the policy
 generated till then, those of Monte-Carlo rollouts included. *No signal*: groups in which all F1 agree, in the first five steps and in all
