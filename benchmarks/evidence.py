@@ -316,7 +316,8 @@ def cost_table() -> list[str]:
     if not rows:
         return ["Not measured yet: `python benchmarks/evidence.py --costs`."]
     steps = sorted({key[1:] for key in rows})
-    lines = [f"`python benchmarks/evidence.py --costs`: means over {len(steps)} steps of the mixed regime, one setting after another on a machine that did nothing else, one thread. All settings\n"
+    seeds = " ".join(map(str, sorted({seed for seed, _ in steps})))
+    lines = [f"`python benchmarks/evidence.py --costs --seeds {seeds}`: means over {len(steps)} steps of the mixed regime, one setting after another on a machine that did nothing else, one thread. All settings\n"
              "play the same rollouts from the warm start, and read beliefs, for the metrics, whether their credit uses them or not.\n",
              "| setting | seconds | times igpo's | rollouts | searches | scoring | step rewards | update | generated tokens | queries |", "|---|" + "---:|" * 9]
     for setting in COSTS:
