@@ -1,6 +1,6 @@
 """Does information gain help, when, and against whom?  Every setting below over several seeds, on the demo world.
 
-    python benchmarks/evidence.py                                        # all of it: hours
+    python benchmarks/evidence.py                                        # all of it: days of one CPU thread
     python benchmarks/evidence.py --regimes mixed --settings igpo "grpo, centred"   # a part; stop and start it at will, it goes on
     python benchmarks/evidence.py --costs                                # what a step of each --credit costs: minutes, on a machine that does nothing else
     python benchmarks/evidence.py --tables                               # CSVs, figure and tables from the runs that are there
@@ -23,6 +23,7 @@ import os
 import statistics
 import sys
 import tempfile
+import unittest.mock
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -61,20 +62,20 @@ LEVERS = {   # what might decide whether a dense signal pays: the penalty for a 
     "igpo, no penalty": {"format_penalty": 0.0},
     "grpo, centred, no penalty": {"credit": "grpo", "format_penalty": 0.0},
     "gigpo, no penalty": {"credit": "gigpo", "gamma": 0.95, "format_penalty": 0.0},
-    "igpo v2, no penalty": {"gain": "logprob", "norm": "separate", "format_penalty": 0.0},
+    "igpo v2, no penalty": {**MAIN["igpo v2"], "format_penalty": 0.0},
     "prob, turn, no penalty": {"norm": "turn", "format_penalty": 0.0},
     "igpo, no penalty, G 4": {"format_penalty": 0.0, "group": 4},
     "grpo, centred, no penalty, G 4": {"credit": "grpo", "format_penalty": 0.0, "group": 4},
     "grpo, z-scored, no penalty, G 4": {"credit": "grpo", "norm": "separate", "format_penalty": 0.0, "group": 4},
     "igpo, penalty -2": {"format_penalty": -2.0},
-    "igpo v2, penalty -2": {"gain": "logprob", "norm": "separate", "format_penalty": -2.0},      # from here: what the paper has and we do not
-    "igpo v2, 10 turns": {"gain": "logprob", "norm": "separate", "max_turns": 10},
-    "igpo v2, 4 x 16": {"gain": "logprob", "norm": "separate", "questions": 4, "group": 16},
-    "igpo v2, lr 1e-4": {"gain": "logprob", "norm": "separate", "lr": 1e-4},
-    "igpo v2, KL 0.1": {"gain": "logprob", "norm": "separate", "kl_coef": 0.1},
+    "igpo v2, penalty -2": {**MAIN["igpo v2"], "format_penalty": -2.0},      # from here: what the paper has and we do not, smaller steps, a stronger KL
+    "igpo v2, 10 turns": {**MAIN["igpo v2"], "max_turns": 10},
+    "igpo v2, 4 x 16": {**MAIN["igpo v2"], "questions": 4, "group": 16},
+    "igpo v2, lr 1e-4": {**MAIN["igpo v2"], "lr": 1e-4},
+    "igpo v2, KL 0.1": {**MAIN["igpo v2"], "kl_coef": 0.1},
 }
 SETTINGS = {**MAIN, **ABLATION, **LEVERS}
-COSTS = ("igpo", "igpo without beliefs", "grpo, centred", "stepsearch", "reasonrag", "gigpo")      # a setting a --credit; other options cost nothing
+COSTS = ("igpo", "igpo without beliefs", "grpo, centred", "stepsearch", "reasonrag", "gigpo")      # a setting for each kind of turn reward
 PAIRS = [*(("igpo", other) for other in MAIN if other != "igpo"), ("stepsearch", "grpo, centred"),
          ("prob, turn", "grpo, z-scored"), ("prob, turn", "grpo, z-scored, no penalty"),      # gains with rewards that are divided by their spread
          *((f"igpo, no penalty{group}", f"grpo, {form}, no penalty{group}") for group in ("", ", G 4") for form in ("centred", "z-scored"))]
@@ -128,7 +129,7 @@ def costs(seeds: list[int]) -> None:
     import igpo
     from eval import read_jsonl
     torch.set_num_threads(1)
-    rows, score = [], igpo.score
+    rows = []
 
     def no_beliefs(model, tokenizer, rollouts, golds, cfg):
         return igpo.forward_scores(model, tokenizer, rollouts, None, cfg)[0], [[0.0] * len(r.boundaries) for r in rollouts]
@@ -136,14 +137,12 @@ def costs(seeds: list[int]) -> None:
         for seed in seeds:
             for setting in COSTS:
                 out = Path(folder) / f"{setting}-{seed}"
-                igpo.score = no_beliefs if "without" in setting else score
-                with quietly():
+                with quietly(), unittest.mock.patch.object(igpo, "score", no_beliefs if "without" in setting else igpo.score):
                     igpo.train(igpo.Config(**{**igpo.DEMO, **COMMON, **SETTINGS.get(setting, {}), "lr": 0.0, "steps": 3, "eval_every": 0, "seed": seed, "out": str(out)}))
                 for row in read_jsonl(out / "metrics.jsonl")[1:]:
                     kept = ("policy_tokens", "generated_tokens", "searches", *(key for key in row if key.startswith("seconds")))
                     rows.append({"setting": setting, "seed": seed, "step": row["step"], **{key: row[key] for key in kept}})
                 print(f"{setting}, seed {seed}: {rows[-1]['seconds']:.1f} s", flush=True)
-    igpo.score = score
     write_csv("costs", rows)
 
 
@@ -255,15 +254,18 @@ def overview(finals: list[dict], settings, cell) -> list[str]:
     return regime_table(["setting", "options"], rows)
 
 
+def less(ours: dict[int, dict], theirs: dict[int, dict], but=()) -> tuple[str, str]:
+    """(test F1, area) of the first less the second, by the seeds that both have and `but` has not; two empty cells if there are none."""
+    both = sorted(set(ours) & set(theirs) - set(but))
+    return tuple(counted(ours[seed][key] - theirs[seed][key] for seed in both) for key in ("test_f1", "area"))
+
+
 def differences(finals: list[dict], pairs: list[tuple[str, str]], but: dict) -> list[str]:
     """A row a pair of settings: the first less the second, of the same seeds, without those of `but`, by regime."""
     rows = []
     for pair in pairs:
-        cells = {}
-        for regime in HOPS:
-            ours, theirs = (of(finals, regime, setting) for setting in pair)
-            if both := sorted(set(ours) & set(theirs) - set(but.get(regime, ()))):
-                cells[regime] = tuple(counted(ours[seed][key] - theirs[seed][key] for seed in both) for key in ("test_f1", "area"))
+        cells = {regime: less(*(of(finals, regime, setting) for setting in pair), but.get(regime, ())) for regime in HOPS}
+        cells = {regime: both for regime, both in cells.items() if any(both)}
         rows.append(([f"{pair[0]} − {pair[1]}"], cells))
     return regime_table(["the first − the second"], rows)
 
@@ -274,11 +276,10 @@ def ablation(finals: list[dict]) -> list[str]:
     ours = of(finals, "mixed", "igpo")
     for setting in ("igpo", "grpo, centred", "igpo v2", *ABLATION):
         mixed, sparse = of(finals, "mixed", setting), of(finals, "sparse", setting)
-        both = sorted(set(ours) & set(mixed)) if setting != "igpo" else []
-        cells = [counted(run[key] for run in mixed.values()) for key in ("test_f1", "area")]
-        cells += [counted(ours[seed][key] - mixed[seed][key] for seed in both) for key in ("test_f1", "area")]
+        own = [counted(run[key] for run in mixed.values()) for key in ("test_f1", "area")]
+        apart = less(ours, mixed) if setting != "igpo" else ("", "")
         if mixed or sparse:
-            lines.append("| " + " | ".join([setting, flags(setting), *cells, counted(run["test_f1"] for run in sparse.values())]) + " |")
+            lines.append("| " + " | ".join([setting, flags(setting), *own, *apart, counted(run["test_f1"] for run in sparse.values())]) + " |")
     return lines
 
 
