@@ -3169,7 +3169,7 @@ def test_evidence_by_hand_and_from_end_to_end(tmp_path, monkeypatch):
     (tmp_path / "demo").symlink_to(HERE / "demo")
     monkeypatch.setattr(evidence, "HERE", tmp_path / "benchmarks")
     monkeypatch.setitem(evidence.STEPS, "dense", 2)
-    monkeypatch.setattr(evidence, "COMMON", {**evidence.COMMON, "questions": 2, "group": 2, "eval_every": 1, "eval_questions": 4})
+    monkeypatch.setattr(evidence, "COMMON", {**evidence.COMMON, "questions": 1, "group": 2, "eval_every": 1, "eval_questions": 4})
     # test F1 .8, .9, 1.0 of IGPO: mean .9, std .1, t 4.30: half width 4.30 * .1 / sqrt(3) = .248. Less GRPO's .7, .9, .8: .1, .0, .2
     columns = ["test_f1", "dev_f1_start", "dev_f1", "best", "area", "no_signal_outcome", "no_signal_igpo", "seconds", "searches", "generated_tokens", "turns_start",
                "turns_end", *(f"{what}_{kind}_early" for what in ("gain", "return") for kind in ("right", "wrong"))]
