@@ -211,7 +211,7 @@ listed one by one, more or fewer than five are counted in brackets. Settings wit
 seed fails and the others learn, ± is wider than the scale allows: look at the seeds.
 
 The questions of a split are of 30 ships, and the warm start's habit (to look a ship up by half of its name) finds some of them by luck. So a
-policy that has learned nothing may score quite differently on dev and test: the warm start 0.095 and 0.040 in the mixed regime.
+policy that has learned nothing may score quite differently on dev and test; low figures of the two cannot be compared.
 
 How *igpo* was chosen: gains in probability after seeds 0 to 4 of *logprob, turn* and *prob, turn* in the mixed regime, `centre` against `turn` and
 `scale` by dev F1 of seed 0 of the sparse and, without a run of `scale`, the mixed one; *igpo v1* and *prob, separate* were run later. Seeds 1 to 4 of
