@@ -63,8 +63,8 @@ def read_rows(path: str) -> Iterator[tuple[str, object]]:
                     yield f"{path}:{number}", row
             return
         size = None if packed else os.path.getsize(path)
-        with (gzip.open if packed else open)(path, "rb") as file, \
-                tqdm(desc=f"reading {Path(path).name}", total=size, unit="B", unit_scale=True, delay=1) as bar:
+        bar = tqdm(desc=f"reading {Path(path).name}", total=size, unit="B", unit_scale=True, delay=1)
+        with (gzip.open if packed else open)(path, "rb") as file, bar:
             for line, raw in enumerate(file, 1):
                 bar.update(len(raw))
                 text = decode(raw, path, line).strip()
