@@ -1,41 +1,46 @@
-"""Search for a multi-turn agent: real, fast and safe to train on. One file: the standard library, requests, numpy, tqdm.
+"""Search for an agent that searches over several turns. One file that stands alone: numpy, requests and tqdm.
 
-    search = open_search("bm25:corpus.jsonl")                     # local BM25, memory-mapped
+    search = open_search("bm25:corpus.jsonl")                     # BM25 over a local file
+    search = open_search("http://127.0.0.1:8000/retrieve")        # a retrieval server, Search-R1's protocol
+    search = open_search("opensearch+https://host:9200/index")    # OpenSearch or Elasticsearch
     search = open_search("duckduckgo")                            # the web: to try things, not to train on
-    search = open_search("http://127.0.0.1:8000/retrieve")        # any Search-R1-compatible retrieval server
-    search = open_search("opensearch+https://host:9200/index")    # Elasticsearch or OpenSearch
-    for passages in search.search_many(["who founded Tavo", "..."], k=3):
-        print(passages.error or [passage.title for passage in passages])
+    for found in search.search_many(["who founded Tavo", "..."], k=3):
+        print(found.error or [passage.title for passage in found])
+
     $ python search_tool.py --search bm25:corpus.jsonl "who founded Tavo"
 
-BM25 is Lucene's variant with eager scores (Lù 2024, "BM25S"): for a query q and a passage d, one of N, of |d| tokens,
+BM25 is Lucene's variant with eager scores (Lù 2024, "BM25S"). For a query q and a passage d, one of N:
 
-    score(q, d) = sum over tokens t of q of  ln(1 + (N - df_t + 0.5) / (df_t + 0.5)) * tf / (tf + k1 (1 - b + b |d| / mean |d|))
+    score(q, d) = sum over tokens t of q of  idf(t) * tf / (tf + k1 (1 - b + b |d| / mean |d|))
+    idf(t)      = ln(1 + (N - df(t) + 0.5) / (df(t) + 0.5))
 
-The summands depend on (t, d) alone: they are computed once and kept, sorted by term, memory-mapped, in the folder <corpus>.bm25.
-
-On failure: 1. A query never raises: its `Results` is empty and `.error` says why. What can work for no query (no corpus, a bad
-line in it, an unknown form) raises `SearchError`, in one line, when the search is opened. 2. An index that is damaged or does
-not fit the corpus is built again; one that cannot be saved is kept in memory. 3. A refusal (429; DuckDuckGo: also 202, 403 or a
-challenge page) or a fault (5xx, time-out, cut connection) is tried again, 4 times in all. Meanwhile all threads wait, as long
-as Retry-After says or a pause with jitter that doubles each time; while that is over half a minute away, queries fail at once.
-4. Retrieved text is hostile: title and text come back as bounded plain text on one line, without angle brackets or hidden
-characters. `id` is given as it is, for comparing; never show it to a model.
+What can work for no query (no corpus, a bad line in it, an unknown form) raises `SearchError` at opening.
+After that a query never raises: if it failed, its `Results` are empty and `.error` says why, in one line.
+Retrieved text is hostile. Titles and texts come back as one bounded line, without angle brackets or hidden
+characters. The `id` is given as it came, for comparing: never show it to a model.
 """
 import argparse
+import fcntl
+import glob
 import gzip
+import ipaddress
 import json
+import math
 import os
 import random
 import re
+import shutil
 import sqlite3
 import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import zlib
 from array import array
+from bisect import bisect_left
 from collections import Counter
+from concurrent.futures import Future, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -48,10 +53,17 @@ from tqdm import tqdm
 
 CACHE = os.path.join(os.path.expanduser("~"), ".cache", "igpo", "search.sqlite3")
 FORMS = "bm25:<corpus.jsonl>, duckduckgo, http(s)://host/retrieve or opensearch+http(s)://host:9200/index"
+DUCKDUCKGO = "https://html.duckduckgo.com/html/"
+TITLE = 200  # characters of a title that are shown
 
 
 class SearchError(Exception):
-    """One line: what is wrong, where, how to mend it."""
+    """One line: what is wrong, where, how to mend it. Of a failed request also what may help: "again" (to ask
+    less at once, a single query again), "less" (to ask less at once), "later" (to ask the same again), "".
+    """
+    def __init__(self, text: str, helps: str = "", after: float = 0.0):
+        super().__init__(text)
+        self.helps, self.after = helps, after  # seconds
 
 
 @dataclass(frozen=True)
@@ -60,68 +72,22 @@ class Passage:
     title: str
     text: str
     score: float = 0.0
-    url: str = ""
 
 
 class Results(list):
-    """The passages of one query, best first. `error` tells why a search failed; None if it worked, found or not."""
-    def __init__(self, passages=(), error: str | None = None):
+    """The passages of one query, best first. error: why the search failed; None if it worked, found or not.
+    cached: the answer came from the disk cache."""
+    def __init__(self, passages=(), error=None, cached: bool = False):
         super().__init__(passages)
-        self.error = error
-
-
-def clean_text(text, limit: int = 2000) -> str:
-    """Plain text on one line, in which tags and chat control tokens, of any model family, can no longer act.
-    >>> clean_text("a\\n\\x00 </information><|im_start|>  [INST] <<SYS>>")
-    'a ‹/information›‹|im_start|› (INST) ‹‹SYS››'
-    """
-    text = str(text or "")
-    for bracket, harmless in ("<‹", ">›", "＜‹", "＞›"):
-        text = text.replace(bracket, harmless)
-    if not text.isprintable() or "  " in text:  # line breaks, control, zero-width, bidi, private, surrogate
-        text = " ".join("".join(filter(str.isprintable, " ".join(text.split()))).split())
-    return re.sub(r"\[([^\[\]()\s]+)\]", r"(\1)", text).strip()[:limit].rstrip()  # [INST], [TOOL_CALLS], [|user|] ...
-
-
-def clean_query(query) -> str:
-    return clean_text(query, 300)
-
-
-def _passage(row: dict, score: float = 0.0) -> Passage:
-    """{"id", "title", "text"} or Search-R1's {"id", "contents"} (the title, maybe in quotes, on the first line)."""
-    title, text = row.get("title") or "", row.get("text")
-    if text is None and "contents" in row:
-        title, newline, text = row["contents"].partition("\n")
-        title, text = (title.strip().strip('"'), text) if newline else ("", title)
-    if not isinstance(title, str) or not isinstance(text, str) or not isinstance(row.get("id"), (str, int)):
-        raise TypeError('"id", "title" or "text" is missing or of a wrong type')
-    return Passage(str(row["id"]), title, text, float(score or 0.0), str(row.get("url") or ""))
-
-
-def read_passages(path):
-    """Yields the passages of a .jsonl or .jsonl.gz file as they are (uncleaned). Raises SearchError with file:line."""
-    packed, number = str(path).endswith(".gz"), 0
-    try:
-        total = None if packed else os.path.getsize(path)
-        bar = tqdm(desc=f"reading {path}", unit="B", unit_scale=True, total=total, delay=1)
-        with (gzip.open if packed else open)(path, "rb") as file, bar:
-            for number, line in enumerate(file, 1):
-                bar.update(len(line))
-                if line.strip():
-                    yield _passage(json.loads(line.decode("utf-8-sig", "replace")))
-    except Exception as error:
-        raise SearchError(f"{path}:{number}: {type(error).__name__}: {error}; mend or remove the line: each must be like "
-                          '{"id": "1", "title": "...", "text": "..."}') from None
+        self.error, self.cached = error and clean_text(error, 300), cached
 
 
 class Search:
-    """A back end behind its caches. A subclass says how a batch of queries is asked (`fetch`: one row of the answer per query)
-    and which passages a row holds (`read`). Either may raise anything: the batch, or that one query, has then failed."""
-    def __init__(self):
-        self.name, self.cache, self._recent, self._lock = type(self).__name__, None, {}, threading.Lock()
+    """A back end behind its disk cache. A subclass says how new queries are asked."""
+    cache, name = None, property(lambda self: type(self).__name__)
 
-    def fetch(self, queries: list[str], k: int) -> list:
-        raise SearchError("not in the cache")
+    def ask(self, queries: list[str], k: int) -> list[Results]:
+        return [Results(error="not in the cache") for _ in queries]
 
     def search(self, query, k: int = 3) -> Results:
         return self.search_many([query], k)[0]
@@ -129,55 +95,169 @@ class Search:
     def search_many(self, queries, k: int = 3) -> list[Results]:
         """One `Results` per query, of at most k passages. Equal queries are asked once."""
         queries = [clean_query(query) for query in queries]
-        with self._lock:
-            known = {query: self._recent[query, k] for query in queries if (query, k) in self._recent}
-        known.update({query: Results() for query in queries if not query or k < 1})
+        known = {query: Results() for query in queries if not query or k < 1}
         new = [query for query in dict.fromkeys(queries) if query not in known]
         if new and self.cache:
-            known.update(self._attempt(lambda: self.cache.get(new, k)))
+            known.update(self.cache.get(new, k))
             new = [query for query in new if query not in known]
         if new:
             known.update(zip(new, self.ask(new, k)))
-            if self.cache:
-                self.cache.put({query: known[query] for query in new if known[query].error is None}, k)
-        with self._lock:  # a dict keeps the order of insertion: its first entries were used longest ago
-            for query, found in known.items():
-                self._recent.pop((query, k), None)
-                if found.error is None:
-                    self._recent[query, k] = found
-            for key in list(self._recent)[:-4096]:
-                del self._recent[key]
-        return [Results(known[query], known[query].error) for query in queries]  # copies: what is kept stays as it is
+            if self.cache:  # an empty answer is not kept: perhaps the server has not loaded its index yet
+                self.cache.put({query: known[query] for query in new if known[query]}, k)
+        return [Results(known[query], known[query].error, known[query].cached) for query in queries]
 
-    def ask(self, queries: list[str], k: int) -> list[Results]:  # the same without the caches
-        def clean(row) -> Results:
-            return Results(Passage(p.id, clean_text(p.title, 200), clean_text(p.text), p.score, clean_text(p.url))
-                           for p in list(self.read(row))[:k])
-
-        rows = self._attempt(lambda: list(self.fetch(queries, k)))
-        if len(rows) != len(queries):
-            error = getattr(rows, "error", f"{self.name} answers {len(rows)} of {len(queries)} queries")
-            return [Results(error=error)] * len(queries)
-        return [self._attempt(lambda: clean(row)) for row in rows]
-
-    def _attempt(self, work):
-        """What work() returns, or its failure as Results. Only our own words are shown: others may hold an address."""
+    def results(self, read, *arguments) -> Results:
+        """The passages that read(*arguments) brings, cleaned. If it raises, this one query has failed."""
         try:
-            return work()
-        except Exception as error:
-            text = error if isinstance(error, SearchError) else f"{self.name} gives no valid answer ({type(error).__name__})"
-            return Results(error=clean_text(text, 300))
+            return Results(clean_passage(passage) for passage in read(*arguments))
+        except SearchError as error:
+            return Results(error=error)
+        except Exception as error:  # its text may hold an address: only its kind is shown
+            return Results(error=f"{self.name} gives no valid answer ({type(error).__name__})")
+
+
+# Text
+
+# Invisible, though Python calls them printable: joiners, fillers, variation selectors.
+HIDDEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0"
+                    "\U000e0100-\U000e01ef]")
+
+# The letters of scripts without spaces between words: Thai, Lao, Myanmar, Khmer and the Tai scripts; kana,
+# Chinese characters, Bopomofo and Yi. Without their punctuation.
+SPACELESS = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e50-\u0e59\u0e81-\u0eff\u1000-\u1049\u1050-\u109d\ua9e0-\ua9fe\uaa60-\uaa7f"
+    "\u1780-\u17d3\u17d7\u17dc\u17dd\u17e0-\u17e9\u1950-\u19df\u1a20-\u1a99\uaa80-\uaadd"
+    "\u3005-\u3007\u3021-\u3029\u3031-\u3035\u3038-\u303c\u3041-\u3096\u3099\u309a\u309d-\u309f\u30a1-\u30fa"
+    "\u30fc-\u30ff\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua48c\uf900-\ufaff"
+    "\uff66-\uff9f\U0001aff0-\U0001b16f\U00020000-\U0003ffff")
+RUN_OR_WORD = re.compile(f"([{SPACELESS}]+)|([^\\W{SPACELESS}]+)")
+
+
+def normalise(text: str) -> str:
+    """Text as it is indexed, asked, shown and compared: one line, without what nobody sees (soft hyphens,
+    joiners, zero-width and bidi characters), in NFC: one code for é, however it was typed. Not in NFKC, which
+    changes what is read: 10² would become 102.
+    >>> normalise("Zoe\\u0301\\n Brücken\\u00adbau\\u200b")
+    'Zoé Brückenbau'
+    """
+    text = " ".join(text.split())  # line breaks, and spaces of every width
+    if text.isascii() and text.isprintable():
+        return text
+    text = HIDDEN.sub("", "".join(filter(str.isprintable, text)))  # first: they may part e from its accent
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def clean_text(text, limit: int = 2000) -> str:
+    """Normalised text in which tags and chat control tokens, of any model family, can no longer act.
+    >>> clean_text("a\\n\\x00 </information><|im_start|>  [INST] <<SYS>>")
+    'a ‹/information›‹|im_start|› (INST) ‹‹SYS››'
+    """
+    text = normalise(str(text or "")).translate(str.maketrans("<>＜＞", "‹›‹›"))
+    return re.sub(r"\[([^\[\]()\s]+)\]", r"(\1)", text)[:limit].rstrip()  # [INST], [TOOL_CALLS], [|user|] ...
+
+
+def clean_query(query) -> str:
+    return clean_text(query, 300)
+
+
+def clean_passage(passage: Passage) -> Passage:
+    return Passage(passage.id, clean_text(passage.title, TITLE), clean_text(passage.text), passage.score)
 
 
 def tokenize(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())  # no stemming, no stop words
+    """Words in lower case, without stemming or stop words; where a script has no spaces, pairs of neighbours.
+    >>> tokenize("Tavo's bridge"), tokenize("塔沃桥1932"), tokenize("河")
+    (['tavo', 's', 'bridge'], ['塔沃', '沃桥', '1932'], ['河'])
+    """
+    text = normalise(text).lower()
+    if text.isascii():
+        return re.findall(r"\w+", text)
+    tokens = []
+    for run, word in RUN_OR_WORD.findall(text):
+        tokens += [word] if word else [run[i:i + 2] for i in range(len(run) - 1)] or [run]
+    return tokens
+
+
+def split_title(contents: str) -> tuple[str, str]:
+    """(title, text) of contents. Search-R1 writes the title in double quotes on the first line. A first line
+    without quotes is a title if it is short, does not end like a sentence, and the next one does not go on in
+    lower case. All else is text, a long first line too: as a title it would be cut."""
+    first, _, rest = (part.strip() for part in contents.strip().partition("\n"))
+    if rest and len(first) <= TITLE and re.fullmatch('".*"', first):
+        return first[1:-1], rest
+    sentence = re.search(r"[.!?…:;,。！？：；，、][\"”’')\]]*$", first) or rest[:1].islower()
+    return ("", contents) if sentence or len(first) > TITLE / 2 or not rest else (first, rest)
+
+
+def make_passage(row: dict, score: float = 0.0) -> Passage:
+    """From {"id", "title", "text"} or {"id", "contents"}, beside which a "title" may stand."""
+    title, text = row.get("title") or "", row.get("text")
+    if text is None and isinstance(text := row.get("contents"), str):
+        first, rest = split_title(text)
+        if not title or title == first:
+            title, text = first, rest
+    name = row.get("id")
+    if not (isinstance(title, str) and isinstance(text, str) and isinstance(name, (str, int, float))):
+        raise TypeError('"id", "title" or "text" is missing or of a wrong type')
+    if len(title) > TITLE:  # it would be cut, and what the index finds in it never be shown
+        title, text = "", f"{title}\n{text}"
+    return Passage(str(name), title, text, score)
+
+
+def read_rows(path):
+    """Yields (file:line, object) of a .jsonl or .jsonl.gz file. SearchError names a line that is none."""
+    packed, number, line = str(path).endswith(".gz"), 0, b""
+    try:
+        total = None if packed else os.path.getsize(path)
+        bar = tqdm(desc=f"reading {path}", unit="B", unit_scale=True, total=total, delay=1)
+        with (gzip.open if packed else open)(path, "rb") as file, bar:
+            for number, line in enumerate(file, 1):
+                bar.update(len(line))
+                if b"\0" in line:  # UTF-16 of plain English would pass for UTF-8
+                    raise UnicodeError
+                if line.strip():
+                    row = json.loads(line.decode("utf-8-sig"))
+                    if not isinstance(row, dict):
+                        raise TypeError("it is no JSON object")
+                    yield f"{path}:{number}", row
+    except FileNotFoundError:
+        raise SearchError(f"there is no file {path}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise SearchError(f"{path} cannot be read beyond line {number}: {error}") from None
+    except UnicodeError:
+        code = "UTF-16" if b"\0" in line else "LATIN1 (or GBK, or what it is in)"
+        raise SearchError(f"{path}:{number}: not UTF-8; convert the file: iconv -f {code} -t UTF-8") from None
+    except Exception as error:
+        raise SearchError(f"{path}:{number}: {type(error).__name__}: {error}; mend or remove it") from None
+
+
+def read_passages(path):
+    """Yields the passages of a corpus, uncleaned."""
+    where = ""
+    for where, row in read_rows(path):
+        try:
+            passage = make_passage(row)
+        except TypeError as error:
+            like = '{"id": "1", "title": "...", "text": "..."}'
+            raise SearchError(f"{where}: {error}; mend or remove it: each line must be like {like}") from None
+        yield passage
+    if not where:
+        raise SearchError(f"{path} holds no passage")
+
+
+# BM25
+
+INDEX = ("words", "word_at", "starts", "docs", "impacts", "text", "lines")
 
 
 def build_index(passages, k1: float, b: float) -> dict[str, np.ndarray]:
-    """Term t (of V) is in the passages docs[starts[t]:starts[t + 1]], ascending, and adds the same slice of impacts to their
-    scores. Passage d (of N) is the JSON text[lines[d]:lines[d + 1]]. words: the V terms, one a line."""
+    """What a term adds to the score of a passage depends on these two alone, so it is computed once and kept.
+
+    Term t (of V, sorted) is words[word_at[t]:word_at[t + 1]]. It is in the passages
+    docs[starts[t]:starts[t + 1]], ascending, and adds the same slice of impacts to their scores.
+    Passage d (of N) is text[lines[d]:lines[d + 1]], in JSON."""
     vocabulary, text, lines = {}, bytearray(), array("q", [0])
-    terms, counts, widths, lengths = (array("i") for _ in range(4))  # the first two per posting, the others per passage
+    terms, counts, widths, lengths = (array("i") for _ in range(4))  # two per posting, then two per passage
     for passage in passages:
         count = Counter(tokenize(f"{passage.title} {passage.text}"))
         terms.extend([vocabulary.setdefault(token, len(vocabulary)) for token in count])
@@ -187,157 +267,288 @@ def build_index(passages, k1: float, b: float) -> dict[str, np.ndarray]:
         text += json.dumps(vars(passage)).encode()
         lines.append(len(text))
     if not lengths:
-        raise SearchError("the corpus holds no passage")
-    n, terms, lengths = len(lengths), np.array(terms), np.array(lengths)
-    df = np.bincount(terms, minlength=len(vocabulary))
+        raise SearchError("there are no passages to search in")
+    words, place = sorted(vocabulary), np.zeros(len(vocabulary), np.int32)
+    place[[vocabulary[word] for word in words]] = np.arange(len(words))
+    n, terms, lengths = len(lengths), place[np.array(terms)], np.array(lengths)
+    df = np.bincount(terms, minlength=len(words))
     idf = np.log(1 + (n - df + 0.5) / (df + 0.5)).astype(np.float32)
     norm = k1 * (1 - b + b * lengths / (lengths.mean() or 1.0))
     order = np.argsort(terms, kind="stable")  # by term, then by passage
     docs, tf = np.repeat(np.arange(n, dtype=np.int32), widths)[order], np.array(counts)[order]
     impacts = (np.repeat(idf, df) * (tf / (tf + norm[docs]))).astype(np.float32)
-    return {"starts": np.concatenate([[0], np.cumsum(df)]), "docs": docs, "impacts": impacts, "lines": np.array(lines),
-            "text": np.frombuffer(text, np.uint8), "words": np.frombuffer("\n".join(vocabulary).encode(), np.uint8)}
-
-
-def checksum(path: str) -> int:
-    return zlib.crc32(np.memmap(path, np.uint8, "r"))
+    words = [word.encode() for word in words]
+    letters, text = np.frombuffer(b"".join(words), np.uint8), np.frombuffer(text, np.uint8)
+    word_at, starts = np.cumsum([0, *map(len, words)]), np.concatenate([[0], np.cumsum(df)])
+    return dict(zip(INDEX, (letters, word_at, starts, docs, impacts, text, np.array(lines))))
 
 
 class BM25(Search):
     """BM25 over an index: of these passages, or a saved one. Ties are broken by position in the corpus."""
-    def __init__(self, passages=(), k1: float = 1.5, b: float = 0.75, index: dict[str, np.ndarray] | None = None):
-        super().__init__()
+    def __init__(self, passages=(), k1: float = 1.5, b: float = 0.75, index: dict | None = None):
         self.index = index or build_index(passages, k1, b)
-        self.terms = {token: term for term, token in enumerate(self.index["words"].tobytes().decode().split("\n"))}
+
+    def find(self, token: str) -> int | None:
+        """The number of a term. Binary search: of a mapped index only the pages that it touches are read."""
+        word, words, at = token.encode(), self.index["words"], self.index["word_at"]
+        term = bisect_left(range(len(at) - 1), word, key=lambda t: words[at[t]:at[t + 1]].tobytes())
+        return term if term < len(at) - 1 and words[at[term]:at[term + 1]].tobytes() == word else None
 
     def rank(self, query: str, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions and scores (float32) of the best k passages with a score above 0."""
         starts, docs, impacts = self.index["starts"], self.index["docs"], self.index["impacts"]
         scores = np.zeros(len(self.index["lines"]) - 1, np.float32)
         for token in tokenize(query):
-            if (term := self.terms.get(token)) is not None:
+            if (term := self.find(token)) is not None:
                 postings = slice(starts[term], starts[term + 1])
                 np.add.at(scores, docs[postings], impacts[postings])
-        peaks = np.maximum.reduceat(scores, np.arange(0, len(scores), 64))  # k blocks with such a peak hold k such scores
+        # Rather than sort all N: if k blocks of 64 have such a peak, none of the best k scores is below it.
+        peaks = np.maximum.reduceat(scores, np.arange(0, len(scores), 64))
         floor = np.partition(peaks, -k)[-k] if k <= len(peaks) else 0.0
-        best = np.flatnonzero(scores >= floor if floor > 0 else scores)  # with all ties, so that position decides
+        best = np.flatnonzero(scores >= floor if floor > 0 else scores)  # with all ties: position decides
         best = best[np.argsort(-scores[best], kind="stable")[:k]]
         return best, scores[best]
 
-    def fetch(self, queries: list[str], k: int) -> list:
-        return [self.rank(query, k) for query in queries]
-
-    def read(self, row) -> list[Passage]:
+    def read(self, query: str, k: int) -> list[Passage]:
         text, lines = self.index["text"], self.index["lines"]
-        return [Passage(**{**json.loads(text[lines[doc]:lines[doc + 1]].tobytes()), "score": score})
-                for doc, score in zip(row[0], row[1].tolist())]
+        return [Passage(**{**json.loads(text[lines[doc]:lines[doc + 1]].tobytes()), "score": float(score)})
+                for doc, score in zip(*self.rank(query, k))]
+
+    def ask(self, queries: list[str], k: int) -> list[Results]:
+        return [self.results(self.read, query, k) for query in queries]
+
+
+def fingerprint(path, block: int = 16384) -> str:
+    """Size and checksum of a file: of all of it up to 4 MiB, of 256 blocks all over it if it is larger."""
+    size, crc = os.path.getsize(path), 0
+    with open(path, "rb") as file:
+        for start in [*range(0, size, max(size // 256, block)), max(size - block, 0)]:
+            file.seek(start)
+            crc = zlib.crc32(file.read(block), crc)
+    return f"{size}-{crc:08x}"
 
 
 def open_bm25(corpus: str, k1: float = 1.5, b: float = 0.75) -> BM25:
-    """BM25 over a jsonl file, from the index beside it, which is built if it is missing, damaged or does not fit."""
-    if not os.path.isfile(corpus) or not os.path.getsize(corpus):
-        raise SearchError(f"there is no corpus {corpus}, or it is empty")
-    folder, header = os.path.abspath(corpus) + ".bm25", {"format": 1, "k1": k1, "b": b, "corpus": checksum(corpus)}
+    """BM25 over a jsonl file, by the index beside it: built if it is missing, damaged or out of date."""
+    if not os.path.isfile(corpus):
+        raise SearchError(f"there is no corpus {corpus}")
+    folder, time_ns = os.path.abspath(corpus) + ".bm25", os.stat(corpus).st_mtime_ns
+    state = {"format": 2, "k1": k1, "b": b, "corpus": fingerprint(corpus), "modified": time_ns}
+    for left in glob.glob(glob.escape(folder) + ".????????.bm25"):  # by a process killed while it saved
+        with suppress(OSError), open(f"{left}/lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while that process lives
+            shutil.rmtree(left)
     if os.path.lexists(folder):
         with suppress(Exception):  # a damaged file can make json and numpy raise anything
-            saved = json.loads(Path(f"{folder}/index.json").read_text())
-            if saved == {**header, "files": {name: checksum(f"{folder}/{name}.npy") for name in saved["files"]}}:
-                return BM25(index={name: np.load(f"{folder}/{name}.npy", "r").view(np.ndarray) for name in saved["files"]})
-        print(f"search: {folder} is damaged, or the corpus or the settings have changed: building it again", file=sys.stderr)
+            if json.loads(Path(f"{folder}/index.json").read_text()) == state:
+                arrays = [np.load(f"{folder}/{name}.npy", "r").view(np.ndarray) for name in INDEX]
+                return BM25(index=dict(zip(INDEX, arrays)))
+        print(f"search: {folder} is damaged or out of date: building it again", file=sys.stderr)
     index = build_index(read_passages(corpus), k1, b)
-    try:  # written under another name, and renamed: so the index is whole or not there, even after kill -9
-        with tempfile.TemporaryDirectory(prefix=f"{folder}.", suffix=".bm25") as parent:
-            os.mkdir(new := f"{parent}/new")
-            for name, values in index.items():
-                np.save(f"{new}/{name}.npy", values)
-            header["files"] = {name: checksum(f"{new}/{name}.npy") for name in index}
-            Path(f"{new}/index.json").write_text(json.dumps(header))
-            if os.path.lexists(folder):
-                os.replace(folder, f"{parent}/old")
-            os.replace(new, folder)
+    try:
+        save_index(index, state, folder)
     except OSError as error:
-        print(f"search: {folder} cannot be saved ({error.strerror}): the index is kept in memory", file=sys.stderr)
+        print(f"search: {folder} cannot be saved ({error.strerror}): it is kept in memory", file=sys.stderr)
     return BM25(index=index)
 
 
-class _Fault(Exception):
-    """(reason, seconds): this try failed, another may not, after so many seconds at least."""
+def save_index(index: dict[str, np.ndarray], state: dict, folder: str) -> None:
+    """Writes under another name, and renames: it is whole or not there, even after kill -9 or a power cut."""
+    where, name = os.path.split(folder)
+    with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".bm25", dir=where) as parent, \
+            open(f"{parent}/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.mkdir(new := f"{parent}/new")
+        for key, values in index.items():
+            with open(f"{new}/{key}.npy", "wb") as file:
+                np.save(file, values)
+                os.fsync(file.fileno())
+        Path(f"{new}/index.json").write_text(json.dumps(state))
+        if os.path.lexists(folder):
+            os.replace(folder, f"{parent}/old")
+        os.replace(new, folder)
 
 
-class _Remote(Search):
-    """What the network back ends share: one session, retries, and a cool-down that all threads keep."""
-    refusals = {429}  # HTTP statuses that ask for patience; 500 and above are faults
-    timeout = (5.0, 30.0)  # seconds: to connect, and between two pieces of an answer
-    max_bytes = 32_000_000  # of the answer to a batch
-    tries, pause = 4, 1.0  # the first back-off in seconds, doubled with each failure in a row
-    patience = 30.0  # seconds that a query waits for its turn, rather than fail at once
-    threads, gap = 4, 0.0  # requests under way at once, seconds at least between two
-    parse, authorize = staticmethod(json.loads), staticmethod(lambda request: request)
+# HTTP
+
+def within(seconds: float, work):
+    """What work() returns or raises, or TimeoutError. A socket's own time-out begins anew with every byte, so
+    that a server could hold us for ever. The thread that waits for it is left behind."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([future], seconds).done:
+        raise TimeoutError
+    return future.result()
+
+
+class Remote(Search):
+    """What the network back ends share. A subclass says how a batch is asked (`fetch`: one row per query),
+    which hits are in a row (`hits`), and what is in a hit (`unpack`: fields as in a corpus, and a score)."""
+    refusals = {429}  # HTTP statuses that ask for patience
+    timeout, deadline = (5.0, 30.0), 60.0  # seconds: to connect, between two bytes; for a whole request
+    max_bytes = 32_000_000  # of one answer
+    tries, pause = 4, 1.0  # of a single query; seconds to the second try, doubled for each further one
+    patience = 30.0  # seconds that a query waits at most between two tries
+    gap, most = 0.0, 1_000_000  # seconds between two requests; queries in one, at most
+    authorize = staticmethod(lambda request: request)  # None: requests would look for a password in ~/.netrc
 
     def __init__(self, url: str):
-        super().__init__()
-        self.url, self.session, self._not_before, self._failures = url, requests.Session(), 0.0, 0
-        self.session.headers["User-Agent"] = "Mozilla/5.0 (compatible; igpo-search/1.0)"
-        self._slots, self._gate = threading.Semaphore(self.threads), threading.Lock()
+        self.url, self.session, self.lock = url, requests.Session(), threading.Lock()
+        self.session.resolve_redirects = lambda *_, **__: iter(())  # it would read their bodies to the end
+        self.session.headers["User-Agent"] = "Mozilla/5.0 (compatible; igpo-search/2.0)"
+        self.batch, self.smooth, self.closed_until = self.most, 0, 0.0
+
+    def ask(self, queries: list[str], k: int) -> list[Results]:
+        """A request fails because it is too large for a slow server, because a query in it makes the server
+        fall over, or because of an outage. So a batch that failed is halved, and the size that works is kept.
+        A single query that failed is asked again at the end. When `tries` of these failed in a row, all that
+        are left have failed."""
+        found, todo, suspects, error = {}, list(queries), [], None
+        failed, blamed, smooth, size = 0, False, len(queries) >= self.batch, self.batch
+        with self.lock:
+            if (left := self.closed_until - time.monotonic()) > 0:
+                return [Results(error=f"{self.name} is left alone for another {left:.0f} s") for _ in queries]
+            while line := todo or suspects:
+                batch, begun = line[:size if todo else 1], time.monotonic()
+                try:
+                    rows = list(self.fetch(batch, k))
+                    if len(rows) != len(batch):
+                        raise SearchError(f"{self.name} answers {len(rows)} of {len(batch)} queries", "less")
+                except Exception as failure:
+                    took, smooth = time.monotonic() - begun, False
+                    error = self.explain(failure, len(batch), took)
+                    if len(batch) > 1 and error.helps in ("again", "less"):
+                        size = (len(batch) + 1) // 2
+                    elif error.helps == "less":
+                        found[line.pop(0)] = Results(error=error)
+                    elif error.helps == "again":
+                        suspects.append(line.pop(0))
+                    if len(batch) == 1:
+                        todo.reverse()  # from the other end: bad queries often stand side by side
+                        blamed = took < self.timeout[1]  # perhaps this query is to blame, not the size
+                    failed += len(batch) == 1 or error.helps == "later"
+                    if not error.helps or self.rest(error, failed):
+                        break
+                else:
+                    found.update((query, self.results(self.read, row, k)) for query, row in zip(batch, rows))
+                    del line[:len(batch)]
+                    smooth = smooth and time.monotonic() - begun < self.timeout[1] / 4
+                    size = self.batch if blamed else size
+                    failed, blamed = 0, False
+                time.sleep(self.gap)
+            self.batch = self.batch if blamed else size
+            self.smooth = self.smooth + 1 if smooth else 0
+            if self.smooth == 4:  # the server was slow, or down, and is no more
+                self.batch, self.smooth = min(2 * self.batch, self.most), 0
+        return [found[query] if query in found else Results(error=error) for query in queries]
+
+    def rest(self, error: SearchError, failed: int) -> bool:
+        """Waits before the next try, or says that there is none. A server that asked for patience gets it."""
+        seconds = max(error.after, self.pause * 2.0 ** max(failed - 1, 0) * random.uniform(0.5, 1.0))
+        if failed < self.tries and seconds <= self.patience:
+            time.sleep(seconds if error.helps != "less" else 0.0)
+            return False
+        if error.helps == "later" or error.after:
+            self.closed_until = time.monotonic() + min(max(seconds, 2 * self.patience), 3600.0)
+        return True
+
+    def explain(self, error: Exception, count: int, seconds: float) -> SearchError:
+        """The failure in our own words: those of others may hold an address."""
+        kind, known = type(error).__name__, requests.exceptions
+        passing = (known.ConnectionError, known.Timeout, known.ChunkedEncodingError, TimeoutError)
+        if isinstance(error, OSError):  # as all exceptions of requests are
+            again = isinstance(error, passing) and not isinstance(error, known.SSLError)
+            error = SearchError(f"{self.name} cannot be reached ({kind})", "again" if again else "")
+        elif not isinstance(error, SearchError):
+            error = SearchError(f"{self.name} gives no valid answer ({kind})", "less")
+        if error.helps == "again" and seconds >= self.timeout[1]:
+            text = f"{self.name} takes over {self.timeout[1]:g} s, with {count} queries in a request"
+            cure = "a faster server helps, or a smaller --rollout_batch of igpo.py"
+            error = SearchError(f"{text}: {cure}", "again")
+        return error
 
     def request(self, method: str, url: str, **body):
-        """The parsed answer; tried again while that may help."""
-        for _ in range(self.tries):
-            with self._slots:
-                with self._gate:  # one thread waits for the server, the others behind it
-                    if (wait := self._not_before - time.monotonic()) > self.patience:
-                        raise SearchError(f"{self.name} is left alone for now; it will be asked again in {wait:.0f} s")
-                    time.sleep(max(wait, 0.0))
-                    self._not_before = max(self._not_before, time.monotonic() + self.gap)
-                try:
-                    answer = self.parse(self._get(method, url, **body))
-                    self._failures = 0
-                    return answer
-                except requests.RequestException as error:  # its text may hold the address, so it is not shown
-                    reason, after = f"{self.name} cannot be reached ({type(error).__name__})", 0.0
-                except _Fault as error:
-                    reason, after = error.args
-                back_off = self.pause * 2.0 ** min(self._failures, 8) * random.uniform(0.5, 1.0)
-                self._not_before = max(self._not_before, time.monotonic() + max(back_off, min(after, 3600.0)))
-                self._failures += 1
-        raise SearchError(f"{reason}, {self.tries} times")
+        """The parsed answer to one request."""
+        host = urlsplit(url).hostname  # at 127.0.0.1 a proxy would find itself
+        proxies = {"no_proxy": host} if re.fullmatch(r"localhost|127\.[\d.]+|::1", host) else None
 
-    def _get(self, method: str, url: str, **body) -> bytes:
-        """One exchange, with at most 3 redirects; the session knows only http(s). Credentials go to no other origin."""
-        home, data = urlsplit(url)[:2], bytearray()
-        for _ in range(4):
-            auth = self.authorize if urlsplit(url)[:2] == home else _Remote.authorize  # if None, requests would look in ~/.netrc
-            with self.session.request(method, url, auth=auth, timeout=self.timeout, allow_redirects=False, stream=True,
-                                      **body) as reply:
-                status, after = reply.status_code, reply.headers.get("Retry-After", "")
-                if reply.is_redirect:
-                    url = urljoin(url, reply.headers["Location"])
-                    continue
-                if status in self.refusals or status >= 500:
-                    raise _Fault(f"{self.name} refuses for now (HTTP {status})", float(after) if after.isdecimal() else 0.0)
-                if status != 200:
-                    raise SearchError(f"{self.name} answers HTTP {status}")
+        def exchange():
+            data = bytearray()
+            with self.session.request(method, url, auth=self.authorize, timeout=self.timeout, proxies=proxies,
+                                      stream=True, **body) as reply:
+                self.check(reply)
                 for piece in reply.iter_content(65536):
                     data += piece
                     if len(data) > self.max_bytes:
-                        raise SearchError(f"{self.name} sends more than {self.max_bytes} bytes")
-                return bytes(data)
-        raise SearchError(f"{self.name} redirects more than 3 times")
+                        raise SearchError(f"{self.name} sends more than {self.max_bytes} bytes", "less")
+            return self.parse(bytes(data))
+
+        return within(self.deadline, exchange)
+
+    def check(self, reply) -> None:
+        status, after = reply.status_code, reply.headers.get("Retry-After", "")
+        if status in self.refusals or status >= 500:
+            helps = "later" if status in self.refusals else "again"
+            raise SearchError(f"{self.name} refuses for now (HTTP {status})", helps,
+                              float(after) if after.isdecimal() else 0.0)
+        if reply.is_redirect:  # not followed: it may lead anywhere
+            place = reply.headers["Location"]
+            raise SearchError(f"{self.name} redirects (HTTP {status}); give the address it leads to: {place}")
+        if status != 200:
+            helps = "less" if status in (400, 413, 422) else ""  # one of the queries, or their number
+            raise SearchError(f"{self.name} answers HTTP {status}", helps)
+
+    def parse(self, body: bytes):
+        return json.loads(body.decode("utf-8-sig", "replace"))  # a bad byte spoils one passage, not all
+
+    def hits(self, row) -> list:
+        return row
+
+    def unpack(self, hit: dict) -> tuple:
+        return hit.get("document", hit), hit.get("score")
+
+    def read(self, row, k: int) -> list[Passage]:
+        """The passages of a row. What is wrong in one is mended, or it is left out: the others are good."""
+        hits, passages = self.hits(row), []
+        for hit in hits:
+            with suppress(Exception):
+                fields, score = self.unpack(hit)
+                name, title = fields.get("id"), fields.get("title")
+                fields = {**fields, "id": "" if name is None else str(name)}
+                fields["title"] = title if isinstance(title, str) else ""
+                passages.append(make_passage(fields, finite(score)))
+        if hits and not passages:
+            raise SearchError(f"{self.name}: none of the {len(hits)} passages can be read")
+        return passages[:k]
 
 
-class RetrievalServer(_Remote):
-    """Search-R1's protocol: {"queries", "topk", "return_scores"} -> {"result": [[{"document", "score"}, ...], ...]}."""
+def finite(score) -> float:
+    with suppress(TypeError, ValueError, OverflowError):
+        return float(score) if math.isfinite(float(score)) else 0.0
+    return 0.0
+
+
+# Back ends
+
+class RetrievalServer(Remote):
+    """Search-R1's protocol: {"queries", "topk", "return_scores"} -> {"result": [[{"document", "score"}]]}."""
     def fetch(self, queries: list[str], k: int) -> list:
-        return self.request("POST", self.url, json={"queries": queries, "topk": k, "return_scores": True})["result"]
-
-    def read(self, row: list) -> list[Passage]:
-        return [_passage({"id": "", **hit.get("document", hit)}, hit.get("score")) for hit in row]
+        question = {"queries": queries, "topk": k, "return_scores": True}
+        return self.request("POST", self.url, json=question)["result"]
 
 
-class OpenSearch(_Remote):
-    """`_msearch` of Elasticsearch and OpenSearch. Credentials: OPENSEARCH_API_KEY, or OPENSEARCH_USER and OPENSEARCH_PASSWORD."""
+class OpenSearch(Remote):
+    """`_msearch` of OpenSearch and Elasticsearch. Credentials come from the environment."""
     def authorize(self, request):
-        key, user, password = (os.environ.get(f"OPENSEARCH_{name}", "").strip() for name in ("API_KEY", "USER", "PASSWORD"))
+        names = ("OPENSEARCH_API_KEY", "OPENSEARCH_USER", "OPENSEARCH_PASSWORD")
+        key, user, password = (os.environ.get(name, "").strip() for name in names)
         if key:
             request.headers["Authorization"] = f"ApiKey {key}"
         elif user:
@@ -345,18 +556,24 @@ class OpenSearch(_Remote):
         return request
 
     def fetch(self, queries: list[str], k: int) -> list:
-        bodies = [{"size": k, "_source": ["title", "text", "contents", "url"],
-                   "query": {"bool": {"should": [{"match": {field: query}} for field in ("title", "text", "contents")]}}} for query in queries]
-        return self.request("POST", f"{self.url.rstrip('/')}/_msearch", headers={"Content-Type": "application/x-ndjson"},
-                            data="".join(f"{{}}\n{json.dumps(body)}\n" for body in bodies))["responses"]
+        fields, lines = ["title", "text", "contents"], []
+        for query in queries:
+            should = [{"match": {field: query}} for field in fields]
+            lines += [{}, {"size": k, "_source": fields, "query": {"bool": {"should": should}}}]
+        return self.request("POST", f"{self.url.rstrip('/')}/_msearch",
+                            headers={"Content-Type": "application/x-ndjson"},
+                            data="".join(json.dumps(line) + "\n" for line in lines))["responses"]
 
-    def read(self, row: dict) -> list[Passage]:
-        if "error" in row:
-            raise SearchError(f"{self.name} answers {row['error']['type'] if isinstance(row['error'], dict) else row['error']}")
-        return [_passage({**hit["_source"], "id": hit["_id"]}, hit["_score"]) for hit in row["hits"]["hits"]]
+    def hits(self, row: dict) -> list:
+        if error := row.get("error"):
+            raise SearchError(f"{self.name} answers {error['type'] if isinstance(error, dict) else error}")
+        return row["hits"]["hits"]
+
+    def unpack(self, hit: dict) -> tuple:
+        return {**hit["_source"], "id": hit.get("_id")}, hit.get("_score")
 
 
-class _Page(HTMLParser):
+class ResultPage(HTMLParser):
     """The result page of DuckDuckGo's HTML endpoint -> rows of [address, title, snippet]."""
     def __init__(self, html: str):
         super().__init__()
@@ -380,98 +597,139 @@ class _Page(HTMLParser):
             self.rows[-1][self.field] += data
 
 
-class DuckDuckGo(_Remote):
+class DuckDuckGo(Remote):
     """The HTML endpoint, which is meant for people: it refuses programs after a handful of queries."""
-    gap, refusals = 1.0, {202, 403, 429}
-
-    def ask(self, queries: list[str], k: int) -> list[Results]:
-        return [_Remote.ask(self, [query], k)[0] for query in queries]  # one a second is all it takes; and no thread outlives a signal
+    refusals, gap, most = {202, 400, 403, 429}, 1.0, 1
 
     def fetch(self, queries: list[str], k: int) -> list:
         return [self.request("GET", self.url, params={"q": query}) for query in queries]
 
-    def parse(self, body: bytes) -> list[list[str]]:
-        rows = _Page(body.decode("utf-8", "replace")).rows
-        if not rows and b"no-results" not in body:
-            raise _Fault("DuckDuckGo sends a challenge, or a page that cannot be understood, in place of results", 0.0)
-        return rows
+    def parse(self, body: bytes) -> list[dict]:
+        page, found = ResultPage(body.decode("utf-8", "replace")), []
+        if not page.rows and b"no-results" not in body:
+            raise SearchError("DuckDuckGo sends a challenge, or an unknown page, not results", "later")
+        for address, title, snippet in page.rows:
+            with suppress(ValueError):
+                url = urljoin(self.url, address)
+                url = parse_qs(urlsplit(url).query).get("uddg", [url])[0]  # where their redirect leads to
+                if re.match(r"https?://(?!([^/]*\.)?duckduckgo\.com/)", url):  # else: an advertisement
+                    found.append({"id": url, "title": title, "text": snippet})
+        return found
 
-    def read(self, row: list):
-        for address, title, snippet in row:
-            url = urljoin(self.url, address)
-            url = parse_qs(urlsplit(url).query).get("uddg", [url])[0]  # their redirects tell where they lead to
-            if re.match(r"https?://(?!([^/]*\.)?duckduckgo\.com/)", url):  # else: an advertisement
-                yield Passage(url, title, snippet, url=url)
 
+# Cache
 
 class DiskCache:
-    """Answers in sqlite: a transaction each way and no connection held, so threads, forks and processes share the file."""
-    def __init__(self, path: str, spec: str, max_age: float):
-        self.path, self.spec, self.max_age = path, spec, max_age
+    """Answers in sqlite by address, k and query, for 30 days. A transaction each way and no connection held:
+    threads, forks and processes can share the file. only: nothing is written, and any age will do."""
+    def __init__(self, path: str, spec: str, only: bool = False):
+        self.path, self.spec, self.only, self.max_age, self.problem = path, spec, only, 30 * 86400.0, ""
+        if only:
+            self.max_age = math.inf
+            self.run("SELECT key, at, passages FROM answers LIMIT 1")
+            if self.problem:
+                raise SearchError(self.problem)
+        else:
+            self.run("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, at REAL, passages TEXT)")
+            self.run("CREATE INDEX IF NOT EXISTS answers_at ON answers (at)")
+            self.run("DELETE FROM answers WHERE at < ?", [(time.time() - self.max_age,)])
 
-    def _run(self, sql: str, rows: list[tuple]) -> list:
+    def run(self, sql: str, rows: list[tuple] = [()]) -> list:
+        """The statement for each row of arguments, in one transaction."""
+        if self.problem:
+            return []
         try:
-            os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-            with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
-                db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, at REAL NOT NULL, passages TEXT NOT NULL)")
+            path = Path(os.path.abspath(self.path))
+            if not self.only:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            uri = f"{path.as_uri()}?mode={'rw' if self.only else 'rwc'}"  # c: to be created
+            with closing(sqlite3.connect(uri, timeout=60, uri=True)) as db, db:
                 return [db.execute(sql, row).fetchone() for row in rows]
         except (sqlite3.Error, OSError) as error:
-            print(f"search: the cache {self.path} cannot be used ({error}): going on without it", file=sys.stderr)
-            self.path = ":memory:"  # empty each time it is opened
+            self.problem = f"the cache {self.path} cannot be used ({error})"
+            print(f"search: {self.problem}: going on without", file=sys.stderr)
             return []
 
     def get(self, queries: list[str], k: int) -> dict[str, Results]:
-        keys = [(f"{self.spec}\n{k}\n{query}", time.time() - self.max_age) for query in queries]
-        rows = self._run("SELECT passages FROM answers WHERE key = ? AND at > ?", keys)
-        return {query: Results(Passage(**p) for p in json.loads(row[0])) for query, row in zip(queries, rows) if row}
+        known, since = {}, time.time() - self.max_age
+        rows = self.run("SELECT passages FROM answers WHERE key = ? AND at > ?",
+                        [(f"{self.spec}\n{k}\n{query}", since) for query in queries])
+        for query, row in zip(queries, rows):
+            with suppress(Exception):  # what is not there or cannot be read is not known
+                passages = [Passage(p["id"], p["title"], p["text"], p["score"]) for p in json.loads(row[0])]
+                if passages:
+                    known[query] = Results(map(clean_passage, passages), cached=True)
+        return known
 
     def put(self, answers: dict[str, Results], k: int) -> None:
-        rows = [(f"{self.spec}\n{k}\n{query}", time.time(), json.dumps([vars(p) for p in f])) for query, f in answers.items()]
-        self._run("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", rows)
+        self.run("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)",
+                 [(f"{self.spec}\n{k}\n{query}", time.time(), json.dumps([vars(p) for p in found]))
+                  for query, found in answers.items()])
 
 
-def open_search(spec: str, cache: str = "on", cache_path: str | None = None, max_age_days: float = 30.0) -> Search:
-    """The one way to get a search: see the opening docstring for `spec`. `cache` concerns the network: "on", "off", or "only"
-    (answer from the disk cache alone, whatever its age: a run repeated offline)."""
-    if cache not in ("on", "off", "only"):
-        raise SearchError(f"unknown cache mode {cache!r}: use on, off or only")
+def is_local(host: str) -> bool:
+    """Is this an address of this machine or its network, where another server may answer tomorrow? Of names
+    those without a dot are, and those in domains that the internet does not have; no name is looked up."""
+    host = host.rstrip(".").lower()
+    try:
+        address = ipaddress.ip_address(host)
+        return not (getattr(address, "ipv4_mapped", None) or address).is_global
+    except ValueError:
+        domains = ("local", "localhost", "internal", "intranet", "lan", "home", "corp", "private", "svc")
+        return host.rpartition(".")[2] in (host, *domains)
+
+
+def open_search(spec: str, cache: str = "auto", cache_path: str | None = None) -> Search:
+    """The one way to get a search; for `spec` see the top of this file. `cache` is the disk cache of the
+    network back ends: "auto" (for public addresses: at 127.0.0.1:8000 there may be another corpus tomorrow),
+    "on", "off" or "only" (answer from it alone, at any age)."""
+    if cache not in ("auto", "on", "off", "only"):
+        raise SearchError(f"unknown cache mode {cache!r}: use auto, on, off or only")
     if spec.startswith("bm25:"):
         return open_bm25(spec.removeprefix("bm25:"))
-    if spec == "duckduckgo":
-        search = DuckDuckGo("https://html.duckduckgo.com/html/")
-    elif re.fullmatch(r"https?://[^/@\s]+(/\S*)?", spec):
-        search = RetrievalServer(spec)
-    elif re.fullmatch(r"opensearch\+https?://[^/@\s]+/[^/\s]\S*", spec):
-        search = OpenSearch(spec.removeprefix("opensearch+"))
-    else:  # what stands before an @ may be a password
-        raise SearchError(f"unknown search {spec.rpartition('@')[2]!r}: use {FORMS}; user and password come from the environment")
+    search = None
+    with suppress(ValueError):  # of a bad port or a bad IPv6 address
+        url = DUCKDUCKGO if spec == "duckduckgo" else spec.removeprefix("opensearch+")
+        host, _ = urlsplit(url).hostname, urlsplit(url).port
+        if spec == "duckduckgo":
+            search = DuckDuckGo(url)
+        elif host and re.fullmatch(r"https?://[^/@\s]+(/\S*)?", spec):
+            search = RetrievalServer(url)
+        elif host and re.fullmatch(r"opensearch\+https?://[^/@\s]+/[^/\s]\S*", spec):
+            search = OpenSearch(url)
+    if not search:  # what stands before an @ may be a password
+        raise SearchError(f"unknown search {spec.rpartition('@')[2]!r}: use {FORMS}; "
+                          "user and password come from the environment")
     if cache == "only":
-        search, max_age_days = Search(), 1e6
-    if cache != "off":
-        search.cache = DiskCache(cache_path or CACHE, spec, max_age_days * 86400)
+        search = Search()
+    if cache in ("on", "only") or cache == "auto" and not is_local(host):
+        search.cache = DiskCache(cache_path or CACHE, spec, cache == "only")
     return search
 
 
 def main() -> int:
     """Exit status: 0 found, 1 nothing found, 2 error."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may know only ASCII
     parser = argparse.ArgumentParser(description="Try a search back end before training on it.")
     parser.add_argument("query")
     parser.add_argument("--search", required=True, help=FORMS)
     parser.add_argument("-k", type=int, default=3, help="passages to show")
-    parser.add_argument("--search_cache", choices=("on", "off", "only"), default="on", help="disk cache of the network back ends")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--search_cache", choices=("auto", "on", "off", "only"), default="auto",
+                        help="disk cache of the network back ends; auto: for public addresses")
     args = parser.parse_args()
     try:
         found = open_search(args.search, args.search_cache).search(args.query, args.k)
+        if found.error:
+            raise SearchError(found.error)
     except SearchError as error:
-        found = Results(error=str(error))
-    if args.json:
-        print(json.dumps({"query": clean_query(args.query), "error": found.error, "passages": [vars(p) for p in found]}))
-    for rank, p in enumerate([] if args.json else found, 1):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for rank, p in enumerate(found, 1):
         print(f"{rank}. {p.title}  [{clean_text(p.id, 200)}]  {p.score:.3f}\n   {p.text}")
-    if not found:
-        print(f"error: {found.error}" if found.error else "nothing found", file=sys.stderr)
-    return 2 if found.error else 0 if found else 1
+    if not found or found.cached:
+        print("from the disk cache" if found else "nothing found", file=sys.stderr)
+    return 0 if found else 1
 
 
 if __name__ == "__main__":
