@@ -647,13 +647,16 @@ class DiskCache:
                 return [db.execute(sql, row).fetchone() for row in rows]
         except (sqlite3.Error, OSError) as error:
             self.problem = f"the cache {self.path} cannot be used ({error})"
-            print(f"search: {self.problem}: going on without", file=sys.stderr)
+            if not self.only:
+                print(f"search: {self.problem}: going on without", file=sys.stderr)
             return []
 
     def get(self, queries: list[str], k: int) -> dict[str, Results]:
         known, since = {}, time.time() - self.max_age
         rows = self.run("SELECT passages FROM answers WHERE key = ? AND at > ?",
                         [(f"{self.spec}\n{k}\n{query}", since) for query in queries])
+        if self.only and self.problem:
+            return {query: Results(error=self.problem) for query in queries}
         for query, row in zip(queries, rows):
             with suppress(Exception):  # what is not there or cannot be read is not known
                 passages = [Passage(p["id"], p["title"], p["text"], p["score"]) for p in json.loads(row[0])]

@@ -902,7 +902,7 @@ def test_cache_answers_again_offline_and_for_a_while(home, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"this is no database " * 500, "folder", "table"])
-def test_cache_only_with_a_file_that_cannot_be_used(home, content):
+def test_cache_only_with_a_file_that_cannot_be_used(home, capfd, content):
     path = home / "c.sqlite3"
     if content == "folder":
         path.mkdir()
@@ -914,6 +914,16 @@ def test_cache_only_with_a_file_that_cannot_be_used(home, content):
     with pytest.raises(SearchError, match=r"the cache .*c\.sqlite3 cannot be used \("):
         open_search("duckduckgo", "only", str(path))
     assert content is not None or not path.exists(), "and none is made"
+    assert capfd.readouterr().err == ""
+
+
+def test_cache_only_that_is_damaged_while_it_is_used(home):
+    path = home / "c.sqlite3"
+    DiskCache(str(path), "duckduckgo").put({"q": Results([Passage("1", "t", "x")])}, 3)
+    search = open_search("duckduckgo", "only", str(path))
+    assert len(search.search("q")) == 1
+    path.write_bytes(b"this is no database " * 500)
+    assert search.search("q") == [] and "cannot be used" in search.search("q").error
 
 
 def test_damaged_cache_is_said_once(home, capfd):
