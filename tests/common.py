@@ -1,0 +1,75 @@
+"""Helpers of the tests in this folder."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import igpo
+
+HERE = Path(igpo.__file__).resolve().parent
+LONG = bool(os.environ.get("IGPO_LONG"))                # all of it: more kills, more models, more fuzz
+EXACT = not torch.cuda.is_available() and not torch.backends.mps.is_available()     # a seed gives equal bits
+GOOD = '{"question": "Who?", "answers": ["Tavo"]}'
+
+
+def small_options(data) -> list[str]:
+    options = dict(data=data, questions=2, group=3, max_turns=3, max_new_tokens=24, eval_every=2)
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def jsonl(path, *lines) -> str:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def rows_of(out, name="metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / name).read_bytes().split(b"\n") if line]
+
+
+def state_of(out) -> dict:
+    return torch.load(Path(out) / "checkpoint" / "state.pt", weights_only=True)
+
+
+def adapter_of(out, name="checkpoint") -> dict:
+    return load_file(Path(out) / name / "adapter_model.safetensors")
+
+
+def copy_of(run, to) -> Path:
+    return Path(shutil.copytree(run, to))
+
+
+def timeless(rows):
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+
+
+def same_run(a, b) -> None:
+    """Equal to the last bit; on a GPU, where sums may be taken in any order, equal in what was asked."""
+    if EXACT:
+        assert timeless(rows_of(a)) == timeless(rows_of(b))
+        assert rows_of(a, "rollouts.jsonl") == rows_of(b, "rollouts.jsonl")
+        for name in ("checkpoint", "best"):
+            left, right = adapter_of(a, name), adapter_of(b, name)
+            assert set(left) == set(right) and all(torch.equal(left[key], right[key]) for key in left)
+    asked = lambda out: [(row["step"], row["id"]) for row in rows_of(out, "rollouts.jsonl")]
+    assert [set(row) for row in rows_of(a)] == [set(row) for row in rows_of(b)] and asked(a) == asked(b)
+    assert state_of(a)["step"] == state_of(b)["step"] == rows_of(a)[-1]["step"] == rows_of(b)[-1]["step"]
+
+
+def one_line(capsys, *said) -> str:
+    """The error as a user sees it: one line that names the program."""
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if "%|" not in line]             # but for a progress bar
+    assert len(lines) == 1 and lines[0].startswith("igpo: ") and all(text in err for text in said), err
+    return err
+
+
+def program(*arguments, **options):
+    """A program of its own, which sees the project wherever it stands."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=600,
+                          env=environment, **options)
