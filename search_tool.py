@@ -31,6 +31,7 @@ import random
 import re
 import shutil
 import sqlite3
+import string
 import sys
 import tempfile
 import threading
@@ -219,11 +220,14 @@ def read_rows(path):
                     row = json.loads(line.decode("utf-8-sig"))
                     if not isinstance(row, dict):
                         raise TypeError("it is no JSON object")
+                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
                     yield f"{path}:{number}", row
     except FileNotFoundError:
         raise SearchError(f"there is no file {path}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise SearchError(f"{path} cannot be read beyond line {number}: {error}") from None
+    except UnicodeEncodeError:
+        raise SearchError(f"{path}:{number}: half of a surrogate pair, which is no text; mend or remove it") from None
     except UnicodeError:
         code = "UTF-16" if b"\0" in line else "LATIN1 (or GBK, or what it is in)"
         raise SearchError(f"{path}:{number}: not UTF-8; convert the file: iconv -f {code} -t UTF-8") from None
@@ -243,6 +247,55 @@ def read_passages(path):
         yield passage
     if not where:
         raise SearchError(f"{path} holds no passage")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_questions(path) -> list[dict]:
+    """A jsonl file of {"question", "answers" (or "golden_answers"): [..]}, with "id" and "supporting" (ids or titles
+    of passages) if they are known. SearchError names the field and line that is not so."""
+    rows = []
+    for where, row in read_rows(path):
+        answers, supporting = row.get("answers", row.get("golden_answers")), row.get("supporting") or []
+        answers = [answers] if isinstance(answers, str) else answers
+        fields = {"question": [row.get("question")], "answers": answers, "supporting": supporting}
+        for name, texts in fields.items():
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise SearchError(f'{where}: field "{name}" is not text; python -m tools.data reads other layouts')
+            if name != "supporting" and not any(text.strip() for text in texts):
+                raise SearchError(f'{where}: field "{name}" is empty')
+        answers, number = [text for text in answers if text.strip()], where.rpartition(":")[2]
+        rows.append({**row, "id": str(row.get("id", number)), "answers": answers, "supporting": supporting})
+    if not rows:
+        raise SearchError(f"{path} holds no question")
+    return rows
+
+
+def answer_words(text: str) -> list[str]:
+    """Words of an answer as the authors of IGPO score it: lower-case, ASCII punctuation to spaces, articles stay.
+    >>> answer_words("The U.S. army")
+    ['the', 'u', 's', 'army']
+    """
+    return "".join(" " if c in string.punctuation else c for c in normalise(text).lower()).split()
+
+
+def f1_score(prediction: str | None, golds: list[str]) -> float:
+    """Word F1 with the best gold alias, 0 to 1, on sets of words as they score. SQuAD's stands in tools/metrics.py.
+    >>> f1_score("Mira Oss", ["Oss", "Tavo"]), f1_score("no no no", ["no"])
+    (0.6666666666666666, 1.0)
+    """
+    p, best = set(answer_words(prediction or "")), 0.0
+    for gold in golds:
+        g = set(answer_words(gold))
+        best = max(best, 2 * len(p & g) / (len(p) + len(g) or 1))
+    return best
+
+
+def exact_match(prediction: str | None, golds: list[str]) -> float:
+    """1.0 if the words, in their order, are those of a gold alias."""
+    return float(bool(prediction) and answer_words(prediction) in [answer_words(gold) for gold in golds])
 
 
 # BM25
