@@ -41,11 +41,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from igpo import (DEMO, MAX_FAILED_SEARCHES, RANK, SCHEMA, TAG, WORLD, Config, Rollout, UserError, all_gather,
-                  begin, check_questions, encode, first_line, load_model, locate, mean, play, read_config,
-                  record, score, unwrap, write_whole)
-from search_tool import SearchError, fingerprint, open_search
+                  begin, check_questions, encode, load_model, locate, mean, play, read_config, record, score,
+                  unwrap)
+from search_tool import SearchError, fingerprint, first_line, open_search
 from tools.data import BENCHMARKS, read_benchmark, sample
-from tools.metrics import read_jsonl
+from tools.metrics import read_jsonl, write_whole
 from tools.report import write_results
 
 # What an evaluation takes of igpo.Config, and of that what it takes over from the run of an adapter.
@@ -103,10 +103,11 @@ def check_bounds(cfg: Config, n: int) -> None:
     """UserError for a number out of bounds. Unlike in training, the temperature may be 0: greedy."""
     for f in fields(Config):
         value, least = getattr(cfg, f.name), f.metadata["least"]
-        greedy = f.name == "temperature" and value == 0
-        if f.name in EPISODE and least is not None and not greedy and not least <= value < 2**63:
-            rest = ", or 0, which is greedy" * (f.name == "temperature")
-            raise UserError(f"--{f.name} {value}: must be at least {least}{rest}")
+        if f.name not in EPISODE or isinstance(value, str) or (f.name == "temperature" and value == 0):
+            continue
+        if not max(least, -2**63) <= value < 2**63:
+            greedy = ", or 0, which is greedy" * (f.name == "temperature")
+            raise UserError(f"--{f.name} {value}: must be at least {least}{greedy}, and finite")
     if n > 1 and cfg.temperature == 0:
         raise UserError("--n: samples of a greedy rollout are all alike, so give a --temperature above 0")
 
@@ -336,8 +337,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for f in fields(Config):
         if f.name in EPISODE:
             text = other.get(f.name, f"{f.metadata['help']} ({f.default!r})")
-            add(f"--{f.name}", type=type(f.default), default=argparse.SUPPRESS, help=text,
-                choices=f.metadata["choices"] or None)
+            add(f"--{f.name}", type=type(f.default), default=argparse.SUPPRESS, help=text)
     args = parser.parse_args(argv)
     names = [b for name in args.benchmark for b in (BENCHMARKS if name == "all" else (name,))]
     args.benchmark = list(dict.fromkeys(names))

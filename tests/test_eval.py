@@ -16,10 +16,10 @@ from huggingface_hub import constants
 import eval as evaluation
 import igpo
 import tools.metrics as metrics
-from search_tool import Passage, Results
-from tools.data import load_benchmark
+from search_tool import Passage, Results, f1_score
 from tests.common import LONG, program, rows_of
 from tests.test_report import line
+from tools.data import load_benchmark
 from tools.metrics import bootstrap, compare, measure, scores, summarise
 
 ROOT = Path(igpo.__file__).parent
@@ -213,7 +213,7 @@ def test_an_evaluation_whole_and_gone_on_with(tmp_path, capsys, monkeypatch):
     assert [r["id"] for r in rows] == [q["id"] for q in load_benchmark("demo", limit=4, seed=0)]
     assert all(len(r["beliefs"]) == len(r["turns"]) <= 2 and r["stop"] in metrics.STOPS for r in rows)
     results = json.loads((tmp_path / "a/results.json").read_text())
-    f1 = sum(igpo.f1_score(r["answer"], r["answers"]) for r in rows) / 4
+    f1 = sum(f1_score(r["answer"], r["answers"]) for r in rows) / 4
     assert results["results"]["demo"]["f1_paper"]["value"] == pytest.approx(f1) and "torch" in results["versions"]
     settings = results["settings"]
     assert settings["temperature"] == 0 and set(settings["fingerprints"]) == {"model", "search"}

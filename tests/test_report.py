@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import tools.report as report
-from igpo import exact_match, f1_score
+from search_tool import exact_match, f1_score
 from tests.common import LONG
 from tools.metrics import markdown_table, summarise
 

@@ -4,7 +4,7 @@
     python -m tools.metrics results/a results/b --metric em_squad   by another metric
 
 All figures are made from rollouts.jsonl, so a scorer can be changed after the evaluation. Two conventions of
-scoring stand side by side. "paper" is what the authors of IGPO do, and what training uses (igpo.f1_score).
+scoring stand side by side. "paper" is what the authors of IGPO do, and what training uses (search_tool.f1_score).
 "squad" is what the scripts of SQuAD do. docs/evaluation.md compares them, and explains every metric.
 """
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import string
 import sys
@@ -20,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from igpo import UserError, exact_match, f1_score, first_line, mean
-from search_tool import SearchError, clean_text, normalise
+from igpo import UserError, mean
+from search_tool import SearchError, clean_text, exact_match, f1_score, first_line, normalise
 
 METRICS = {     # name: (heading, unit, what it is)
     "f1_paper": ("F1", "%", "word F1 with the best gold alias, sets of words (the authors' convention)"),
@@ -266,6 +267,13 @@ def read_jsonl(path: Path) -> list[dict]:
         return [dict(json.loads(line)) for line in lines if line.strip()]
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{path}: cannot be read ({first_line(e)})") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def read_rollouts(folder: str | Path) -> list[dict]:

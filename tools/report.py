@@ -28,11 +28,12 @@ import peft
 import torch
 import transformers
 
-from igpo import HERE, TURN, UserError, first_line, mean, write_whole
-from search_tool import SearchError
+from igpo import TURN, UserError, mean
+from search_tool import SearchError, first_line
 from tools.metrics import (METRICS, STOPS, is_number, markdown_table, name_key, read_jsonl, read_rollouts,
-                           summarise)
+                           summarise, write_whole)
 
+HERE = Path(__file__).resolve().parent.parent
 SCORES = ("f1_paper", "em_paper", "f1_squad", "em_squad", "cover_em", "pass_f1", "pass_em")
 ENDS = dict(zip(STOPS, ("answered", "broken format", "cut short", "out of turns")))
 
@@ -231,8 +232,8 @@ def transcript(row: dict, width: int = 100) -> str:
     for t, turn in enumerate(row["turns"]):
         parts, head = TURN.match(turn["text"]), f"turn {t + 1}"
         if parts:
-            entry(head, "thinks", parts["think"])
-            entry("", {"search": "searches", "answer": "answers"}[parts["act"]], parts["what"])
+            entry(head, "thinks", parts["why"])
+            entry("", {"search": "searches", "answer": "answers"}[parts["do"]], parts["what"])
         else:       # a broken turn, or a closed book: as it was written
             entry(head, "writes", turn["text"])
         if turn["error"]:
