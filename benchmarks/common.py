@@ -1,7 +1,6 @@
 """What the benchmarks share: tables, the machine, plots, intervals, and which searches were right."""
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -10,6 +9,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+
+from tools.metrics import bootstrap, interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: there may be no display)
@@ -56,14 +57,11 @@ def figure(path: Path, rows: int = 1, columns: int = 1, size: tuple = (11, 4), *
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
-def bootstrap(groups: list[list[float]], resamples: int = 10_000) -> tuple[float, float, float]:
+def mean_and_interval(groups: list[list[float]]) -> tuple[float, float, float]:
     """(mean of all values, low, high), a 95 % interval, groups (questions) being drawn with replacement."""
-    sums, counts = np.array([sum(g) for g in groups]), np.array([len(g) for g in groups])
-    rng, means, n = np.random.default_rng(0), [], len(groups)
-    for start in range(0, resamples, 200):      # how often each group is drawn: (200, groups)
-        drawn = rng.multinomial(n, np.full(n, 1 / n), min(200, resamples - start))
-        means.append((drawn @ sums) / (drawn @ counts))
-    return (sums.sum() / counts.sum(), *np.percentile(np.concatenate(means), [2.5, 97.5]))
+    sums, counts = np.array([[sum(g)] for g in groups]), np.array([[len(g)] for g in groups])
+    found = interval(sums.sum() / counts.sum(), bootstrap(sums, counts, 10_000))
+    return found["value"], found["low"], found["high"]
 
 def searches(record: dict) -> list[tuple[bool, dict]]:
     """(right, turn) of each search behind which a rollout, a line of rollouts.jsonl, went on.
@@ -76,6 +74,3 @@ def searches(record: dict) -> list[tuple[bool, dict]]:
         found.append((bool((names - seen) & set(record["supporting"])), turn))
         seen |= names
     return found
-
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

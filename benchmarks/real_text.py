@@ -1,158 +1,182 @@
-"""Does the belief rise when a supporting passage comes back?  Eq. 4 as a measurement on real text, without training.
+"""Does the belief rise when a supporting passage comes back? Eq. 4 as a measurement, without training.
 
-    python benchmarks/real_text.py --model FOLDER --questions FILE --corpus FILE
-    python benchmarks/real_text.py --tables          # table and figure from the gains in real_text.json
+    python -m benchmarks.real_text --model MODEL --data FOLDER       # FOLDER: dev.jsonl and corpus.jsonl
+    python -m benchmarks.real_text --model MODEL --init_adapter runs/x/best --data FOLDER --out after
+    python -m benchmarks.real_text --tables                          # table and figure from <out>.csv
 
-For each question that names two supporting passages (HotpotQA), scripted rollouts of two searches, `search <title>`, each of
-which brings one passage:
+For each question with two supporting passages (as HotpotQA has), scripted rollouts of two searches by title,
+each of which brings one passage:
 
   supporting    the two supporting passages, in either order: two rollouts
   distractor    BM25's best two for the question that are not supporting: one rollout
 
-The model as it stands, its fresh adapter changing nothing, is asked for b_0, b_1, b_2 (Eq. 3); their differences are the gains of the
-first and second search. Means are over gains, intervals 95 % bootstrap over questions. A passage *holds the answer* if
-the gold's words stand in it one after the other. Writes real_text.json, real_text.md and ../docs/real_text.png.
+The model is asked for b_0, b_1, b_2 (Eq. 3). Their differences are the gains of the first and second search,
+in log-probability and in probability, as --credit igpo-v2 and igpo have them. Means are over gains, intervals
+95 % bootstrap over questions. A passage *holds the answer* if the gold's words stand in it side by side.
+
+Written: <out>.csv, a row per gain, <out>.md, and docs/<name>.png.
 """
 import argparse
-import importlib.metadata
+import csv
 import json
-import os
-import platform
+import math
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import igpo  # noqa: E402
-from eval import bootstrap, interval  # noqa: E402
-from search_tool import open_search, read_passages  # noqa: E402
+import igpo
+from benchmarks.common import HERE, ROOT, commit, figure, machine, mean_and_interval, table
+from search_tool import Passage, Results, clean_query, open_search, read_passages
+from tools.warm_start import teachable, turn_text
 
-SLICES = {"all": {}, "first search": {"turn": 0}, "second search": {"turn": 1}, "answer is yes or no": {"yes_no": True}, "any other answer": {"yes_no": False},
-          "any other, passage holds it": {"yes_no": False, "holds": True}, "any other, passage does not": {"yes_no": False, "holds": False},
-          **{f"any other, {search} search, passage {'holds it' if holds else 'does not'}": {"yes_no": False, "holds": holds, "turn": turn}
-             for holds in (True, False) for turn, search in enumerate(("first", "second"))}}
+NAMED = {"yes_no": False}       # an answer other than yes or no
+SLICES = {
+    "all": {}, "first search": {"turn": 0}, "second search": {"turn": 1},
+    "answer is yes or no": {"yes_no": True}, "any other answer": NAMED,
+    "any other, passage holds it": {**NAMED, "holds": True},
+    "any other, first search, passage holds it": {**NAMED, "holds": True, "turn": 0},
+    "any other, second search, passage holds it": {**NAMED, "holds": True, "turn": 1},
+    "any other, passage does not": {**NAMED, "holds": False},
+    "any other, first search, passage does not": {**NAMED, "holds": False, "turn": 0},
+    "any other, second search, passage does not": {**NAMED, "holds": False, "turn": 1}}
 
-
-def scripted_rollout(tokenizer, question: str, passages: list, max_info_tokens: int) -> igpo.Rollout:
+def rollout_of(tokenizer, question: str, passages: list[Passage], cfg: igpo.Config) -> igpo.Rollout:
     """What igpo.rollout would have written of a policy that looks each passage up by its title."""
-    prompt = igpo.encode_prompt(tokenizer, question)
-    r = igpo.Rollout(list(prompt), [0] * len(prompt), [-1] * len(prompt), [len(prompt)])
-    for turn, p in enumerate(passages):
-        r.write(igpo.encode(tokenizer, f" I need to look up {p.title}.\n</think>\n<search> {p.title} </search>", data=True), True, turn)
-        r.write(igpo.encode_information(tokenizer, [p], None, max_info_tokens), False, turn)
+    r = igpo.begin(tokenizer, question)
+    for p in passages:
+        r.write(igpo.encode(tokenizer, turn_text(clean_query(p.title))), True)
+        r.write(igpo.encode_information(tokenizer, Results([p]), cfg.max_info_tokens)[0], False)
         r.boundaries.append(len(r.ids))
     return r
 
-
-def measure(model, tokenizer, search, passages: dict, q: dict, cfg: igpo.Config) -> list[dict]:
+def measure(model, tokenizer, q: dict, supporting: list[Passage], best: list[Passage], cfg) -> list[dict]:
     """The six gains of a question: two searches in each of three rollouts."""
     words = lambda text: f" {' '.join(igpo.answer_words(text))} "
-    one, two = (passages[i] for i in q["supporting"])
-    best = [passages[p.id] for p in search.search(q["question"], 8) if p.id not in q["supporting"]]
-    paths = [[one, two], [two, one], best[:2]]
-    rollouts = [scripted_rollout(tokenizer, q["question"], path, cfg.max_info_tokens) for path in paths]
+    one, two = supporting
+    paths, gold = [[one, two], [two, one], best], q["answers"][0]
+    rollouts = [rollout_of(tokenizer, q["question"], path, cfg) for path in paths]
     _, beliefs = igpo.score(model, tokenizer, rollouts, [q["answers"]] * len(paths), cfg)
-    return [{"id": q["id"], "supporting": n < 2, "turn": t, "yes_no": q["answers"][0].lower() in ("yes", "no"), "holds": words(q["answers"][0]) in words(f"{p.title} {p.text}"),
-             "before": b[t], "after": b[t + 1], **{gain: igpo.info_gains(b, gain)[t] for gain in ("logprob", "prob")}}
+    return [{"id": q["id"], "supporting": n < 2, "turn": t, "yes_no": gold.lower() in ("yes", "no"),
+             "holds": words(gold) in words(f"{p.title} {p.text}"), "before": b[t], "after": b[t + 1]}
             for n, (path, b) in enumerate(zip(paths, beliefs)) for t, p in enumerate(path)]
 
+GAINS = {"logprob": lambda row: row["after"] - row["before"],
+         "prob": lambda row: math.exp(row["after"]) - math.exp(row["before"])}
 
-def with_interval(values: list[tuple[str, float]]) -> dict:
-    """Mean of (question, value) pairs; the questions are drawn with replacement."""
-    groups = [[v for other, v in values if other == i] for i in {i: 0 for i, _ in values}]
-    sums, counts = np.array([[sum(g)] for g in groups]), np.array([[len(g)] for g in groups])
-    return interval(sums.sum() / counts.sum(), bootstrap(sums, counts, 10000))
-
-
-def summarise(rows: list[dict]) -> dict:
-    """Per slice and scale the supporting gains, the distractors', and the difference to the distractor of the same question and turn."""
-    other, out = {(r["id"], r["turn"]): r for r in rows if not r["supporting"]}, {}
+def figures(rows: list[dict], gain: str) -> list[tuple[str, str, list[tuple[str, float]]]]:
+    """(slice, what came back, [(question, gain)]); a difference is to the distractor of question and turn."""
+    value, found = GAINS[gain], []
+    other = {(r["id"], r["turn"]): value(r) for r in rows if not r["supporting"]}
     for name, wanted in SLICES.items():
-        some = [r for r in rows if all(r[k] == v for k, v in wanted.items())]
-        for scale in ("logprob", "prob"):
-            kinds = {"supporting": [r for r in some if r["supporting"]], "distractor": [r for r in some if not r["supporting"]]}
-            values = {kind: [(r["id"], r[scale]) for r in found] for kind, found in kinds.items()}
-            values["difference"] = [(r["id"], r[scale] - other[r["id"], r["turn"]][scale]) for r in kinds["supporting"]]
-            out.setdefault(name, {})[scale] = {kind: {"questions": len(dict(v)), "gains": len(v), **with_interval(v), "median": statistics.median(x for _, x in v),
-                                                      "rises": with_interval([(i, float(x > 0)) for i, x in v])} for kind, v in values.items() if v}
-    return out
+        some = [r for r in rows if all(r[key] == v for key, v in wanted.items())]
+        found += [(name, "supporting", [(r["id"], value(r)) for r in some if r["supporting"]]),
+                  (name, "distractor", [(r["id"], value(r)) for r in some if not r["supporting"]]),
+                  (name, "difference", [(r["id"], value(r) - other[r["id"], r["turn"]]) for r in some
+                                        if r["supporting"]])]
+    return [row for row in found if row[2]]
 
+def gain_table(rows: list[dict], gain: str, digits: int) -> list[str]:
+    lines = []
+    for name, kind, values in figures(rows, gain):
+        groups: dict = {}
+        for i, v in values:
+            groups.setdefault(i, []).append(v)
+        rises = mean_and_interval([[float(v > 0) for v in g] for g in groups.values()])
+        means = mean_and_interval(list(groups.values()))
+        lines.append([name, kind, len(groups), len(values),
+                      "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*means, d=digits),
+                      f"{statistics.median(v for _, v in values):+.{digits}f}",
+                      "{:.0%} [{:.0%}, {:.0%}]".format(*rises)])
+    head = [gain, "what came back", "questions", "gains", "mean gain", "median", "above 0"]
+    return table(head, lines, left=2)
 
-def table(summary: dict, scale: str, digits: int) -> list[str]:
-    show = lambda f: f"{f['value']:+.{digits}f} [{f['low']:+.{digits}f}, {f['high']:+.{digits}f}]"
-    share = lambda f: f"{f['value']:.0%} [{f['low']:.0%}, {f['high']:.0%}]"
-    lines = [f"| {scale} | what came back | questions | gains | mean gain | median | above 0 |", "|---|---|" + "---:|" * 5]
-    return lines + [f"| {name} | {kind} | {f['questions']} | {f['gains']} | {show(f)} | {f['median']:+.{digits}f} | {share(f['rises'])} |"
-                    for name, scales in summary.items() for kind, f in scales[scale].items()]
-
-
-def figure(rows: list[dict], path: Path) -> None:
+def histogram(rows: list[dict], path: Path) -> None:
     """Gains of questions whose answer is not yes or no, by what came back."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, constrained_layout=True)
     rows = [r for r in rows if not r["yes_no"]]
-    edges = np.linspace(*np.percentile([r["logprob"] for r in rows], [1, 99]), 28)
-    kinds = {"supporting, the answer stands in it": lambda r: r["supporting"] and r["holds"], "supporting, the answer does not": lambda r: r["supporting"] and not r["holds"],
-             "distractor": lambda r: not r["supporting"]}
-    for turn, axis in enumerate(axes):
-        for color, (name, fits) in zip(("C0", "C2", "C1"), kinds.items()):
-            if some := [r["logprob"] for r in rows if r["turn"] == turn and fits(r)]:
-                axis.hist(np.clip(some, edges[0], edges[-1]), edges, weights=[1 / len(some)] * len(some), histtype="step", linewidth=1.8, color=color,
-                          label=f"{name}: mean {igpo.mean(some):+.2f}")
-                axis.axvline(igpo.mean(some), ymax=0.06, color=color, linewidth=4)
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_title(f"{('first', 'second')[turn]} search", loc="left")
-        axis.set_xlabel("information gain, nats per gold token")
-        axis.legend(frameon=False, fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("share of gains")
-    fig.suptitle("Marks at the bottom: means. The first and the last bin include all that lies beyond", fontsize=9)
-    fig.savefig(path, dpi=120)
-
+    gain = GAINS["logprob"]
+    edges = np.linspace(*np.percentile([gain(r) for r in rows], [1, 99]), 28)
+    kinds = {"supporting, the answer stands in it": ("C0", lambda r: r["supporting"] and r["holds"]),
+             "supporting, the answer does not": ("C2", lambda r: r["supporting"] and not r["holds"]),
+             "distractor": ("C1", lambda r: not r["supporting"])}
+    with figure(path, columns=2, size=(11, 3.8), sharey=True) as (fig, axes):
+        for turn, axis in enumerate(axes[0]):
+            for name, (color, fits) in kinds.items():
+                if some := [gain(r) for r in rows if r["turn"] == turn and fits(r)]:
+                    axis.hist(np.clip(some, edges[0], edges[-1]), edges, weights=[1 / len(some)] * len(some),
+                              histtype="step", linewidth=1.8, color=color,
+                              label=f"{name}: mean {igpo.mean(some):+.2f}")
+                    axis.axvline(igpo.mean(some), ymax=0.06, color=color, linewidth=4)
+            axis.axvline(0, color="black", linewidth=0.8)
+            axis.set_title(f"{('first', 'second')[turn]} search", loc="left")
+            axis.set_xlabel("information gain, nats per gold token")
+            axis.legend(frameon=False, fontsize=9)
+        axes[0][0].set_ylabel("share of gains")
+        fig.suptitle("Marks at the bottom: means. The outer bins include all that lies beyond", fontsize=9)
 
 def run(args: argparse.Namespace) -> tuple[list[dict], dict]:
     """(gains, what they were measured with)."""
-    start, cfg = time.time(), igpo.Config(model=args.model, gradient_checkpointing=False, batch_tokens=4096)
-    questions = [q for q in igpo.load_questions(args.questions) if len(q.get("supporting", [])) == 2][:args.limit]
-    passages, search = {p.id: p for p in read_passages(args.corpus)}, open_search(f"bm25:{args.corpus}")
-    model, tokenizer = igpo.load_model(cfg)
-    rows = [row for q in igpo.tqdm(questions) for row in measure(model, tokenizer, search, passages, q, cfg)]
-    return rows, {"command": "python benchmarks/real_text.py" + "".join(f" --{k} {Path(str(v)).name}" for k, v in list(vars(args).items())[:4] if v), "questions": len(questions),
-               "machine": f"{os.cpu_count()} cores, {platform.machine()}, " + ("a GPU" if igpo.torch.cuda.is_available() else "no GPU"), "minutes": round((time.time() - start) / 60, 1),
-               "python": platform.python_version(), **{p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft")}}
+    start, corpus = time.time(), igpo.locate(f"{args.data}/corpus.jsonl")
+    cfg = igpo.Config(model=args.model, init_adapter=args.init_adapter, gradient_checkpointing=False)
+    asked = teachable(igpo.load_questions(igpo.locate(args.questions or f"{args.data}/dev.jsonl")), corpus)
+    asked = [(q, supporting) for q, supporting in asked if len(supporting) == 2][:args.limit]
+    search, (model, tokenizer), rows = open_search(f"bm25:{corpus}"), igpo.load_model(cfg), []
+    for q, supporting in tqdm(asked):
+        known = {p.id for p in supporting}
+        best = [p for p in search.search(q["question"], 8) if p.id not in known][:2]
+        rows += measure(model, tokenizer, q, supporting, best, cfg)
+    options = "".join(f" --{key} {value}" for key in ("model", "init_adapter", "data", "questions", "limit")
+                      if (value := getattr(args, key)))
+    return rows, {"command": f"python -m benchmarks.real_text{options}", "commit": commit(),
+                  "with": machine(), "minutes": round((time.time() - start) / 60, 1)}
 
+def write_csv(path: Path, rows: list[dict], setting: dict) -> None:
+    """The first line is what the gains were measured with."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        file.write(f"# {json.dumps(setting)}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(rows[0])
+        cell = lambda v: f"{v:.6f}" if isinstance(v, float) else int(v) if isinstance(v, bool) else v
+        writer.writerows(map(cell, row.values()) for row in rows)
+
+def read_csv(path: Path) -> tuple[list[dict], dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        setting = json.loads(file.readline()[2:])
+        of = {"id": str, "turn": int, "before": float, "after": float}
+        rows = [{key: of.get(key, lambda v: v == "1")(value) for key, value in row.items()}
+                for row in csv.DictReader(file)]
+    return rows, setting
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "questions", "corpus"):
-        parser.add_argument(f"--{name}", default="")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--model", default="", help="as for igpo.py")
+    parser.add_argument("--init_adapter", default="", help="PEFT folder that is merged into the model")
+    parser.add_argument("--data", default="", help="folder of dev.jsonl and corpus.jsonl")
+    parser.add_argument("--questions", default="", help="questions, if not <data>/dev.jsonl")
     parser.add_argument("--limit", type=int, help="only the first so many questions")
-    parser.add_argument("--out", type=Path, default=HERE / "real_text", help="writes <out>.json and <out>.md")
-    parser.add_argument("--figure", type=Path, default=HERE.parent / "docs" / "real_text.png")
+    parser.add_argument("--out", type=Path, default=HERE / "real_text", help="writes <out>.csv and <out>.md")
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "real_text.png")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    if args.tables:
-        before = json.loads(args.out.with_suffix(".json").read_text())
-        rows, setting = before["gains"], before["setting"]
-    elif args.model and args.questions and args.corpus:
-        rows, setting = run(args)
-    else:
-        parser.error("--model, --questions and --corpus are needed")
-    summary = summarise(rows)
-    args.out.with_suffix(".json").write_text(json.dumps({"setting": setting, "summary": summary}, indent=1)[:-2] + ',\n "gains": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n")
-    lines = ["# Eq. 4 on real text: the gain when a supporting passage came back, and when not", "", f"`{setting['command']}`; what is measured is told at the top of that file. "
-             + ", ".join(f"{k} {v}" for k, v in setting.items() if k != "command") + ". *difference*: supporting less distractor, same question and turn.", "",
-             *table(summary, "logprob", 3), "", *table(summary, "prob", 4)]
-    args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    torch.set_num_threads(1)
+    if not args.tables and not (args.model and args.data):
+        parser.error("--model and --data are needed")
+    rows, setting = read_csv(args.out.with_suffix(".csv")) if args.tables else run(args)
+    if not args.tables:
+        write_csv(args.out.with_suffix(".csv"), rows, setting)
+    facts = ", ".join(f"{key} {value}" for key, value in setting.items() if key != "command")
+    lines = ["# Eq. 4 on real text: the gain when a supporting passage came back, and when not", "",
+             f"`{setting['command']}`, {facts}.",
+             "What is measured is told at the top of benchmarks/real_text.py. "
+             "*difference*: supporting less distractor, same question and turn.", "",
+             *gain_table(rows, "logprob", 3), "", *gain_table(rows, "prob", 4)]
+    args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
-    figure(rows, args.figure)
-
+    histogram(rows, args.figure)
 
 if __name__ == "__main__":
     main()
