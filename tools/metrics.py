@@ -4,7 +4,7 @@
     python -m tools.metrics results/a results/b --metric em_squad   by another metric
 
 All figures are made from rollouts.jsonl, so a scorer can be changed after the evaluation. Two conventions of
-scoring stand side by side. "paper" is what the authors of IGPO do, and what training uses (search_tool.f1_score).
+scoring stand side by side. "paper" is what the authors of IGPO do, and what training uses (search_tool.py).
 "squad" is what the scripts of SQuAD do. docs/evaluation.md compares them, and explains every metric.
 """
 from __future__ import annotations
