@@ -35,6 +35,11 @@ def state_of(out) -> dict:
     return torch.load(Path(out) / "checkpoint" / "state.pt", weights_only=True)
 
 
+def saved_step(out) -> int:
+    """The step from which a resume goes on."""
+    return state_of(out)["history"][-1]["step"]
+
+
 def adapter_of(out, name="checkpoint") -> dict:
     return load_file(Path(out) / name / "adapter_model.safetensors")
 
@@ -57,7 +62,7 @@ def same_run(a, b) -> None:
             assert set(left) == set(right) and all(torch.equal(left[key], right[key]) for key in left)
     asked = lambda out: [(row["step"], row["id"]) for row in rows_of(out, "rollouts.jsonl")]
     assert [set(row) for row in rows_of(a)] == [set(row) for row in rows_of(b)] and asked(a) == asked(b)
-    assert state_of(a)["step"] == state_of(b)["step"] == rows_of(a)[-1]["step"] == rows_of(b)[-1]["step"]
+    assert saved_step(a) == saved_step(b) == rows_of(a)[-1]["step"] == rows_of(b)[-1]["step"]
 
 
 def one_line(capsys, *said) -> str:
