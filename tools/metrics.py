@@ -38,9 +38,9 @@ METRICS = {     # name: (heading, unit, what it is)
     "failed_searches": ("Failed searches", "%", "share of searches that came back with an error"),
     "cached_searches": ("Cached searches", "%", "share of searches that the disk cache answered"),
     "recall": ("Recall", "%", "share of the supporting passages that the policy was shown, by id or title"),
-    "belief_first": ("Belief before", "nats", "log-probability per token of the gold answer at first"),
-    "belief_last": ("Belief after", "nats", "the same after the last search"),
-    "entropy_reduction": ("Entropy reduction", "nats", "belief after minus before (paper, Fig. 5)"),
+    "belief_first": ("Belief before", "nats", "log-probability per gold token before the first turn"),
+    "belief_last": ("Belief after", "nats", "log-probability per gold token after the last search"),
+    "entropy_reduction": ("Entropy reduction", "nats", "log-probability per gold token, after minus before"),
     "gain_positive": ("Gain > 0", "%", "share of rollouts whose belief is higher after than before"),
     "stop_answer": ("Answered", "%", "share of rollouts that ended with an answer"),
     "stop_format": ("Broken format", "%", "share that broke the format"),
@@ -308,7 +308,7 @@ def comparison(a: str, b: str, metric: str = "f1_paper") -> str:
     """What `python -m tools.metrics A B` prints: `compare` of two folders as a table."""
     of_a, of_b = read_rollouts(a), read_rollouts(b)
     heading, unit, what = METRICS[metric]
-    scale, rest = (100, " in %") if unit == "%" else (1, "")
+    scale, rest = (100, " in %") if unit == "%" else (1, " in nats" if unit == "nats" else "")
     rows = [["", "questions", "A", "B", "B - A", "95 % interval", "p", "win / tie / loss"]]
     for row in compare(of_a, of_b, metric):
         x, y, gap, low, high = (scale * row[key] for key in ("a", "b", "difference", "low", "high"))
