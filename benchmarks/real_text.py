@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import igpo
 from benchmarks.common import HERE, ROOT, commit, figure, machine, mean_and_interval, table
-from search_tool import Passage, Results, clean_query, open_search, read_passages
+from search_tool import Passage, Results, answer_words, clean_query, load_questions, open_search
 from tools.warm_start import teachable, turn_text
 
 NAMED = {"yes_no": False}       # an answer other than yes or no
@@ -55,7 +55,7 @@ def rollout_of(tokenizer, question: str, passages: list[Passage], cfg: igpo.Conf
 
 def measure(model, tokenizer, q: dict, supporting: list[Passage], best: list[Passage], cfg) -> list[dict]:
     """The six gains of a question: two searches in each of three rollouts."""
-    words = lambda text: f" {' '.join(igpo.answer_words(text))} "
+    words = lambda text: f" {' '.join(answer_words(text))} "
     one, two = supporting
     paths, gold = [[one, two], [two, one], best], q["answers"][0]
     rollouts = [rollout_of(tokenizer, q["question"], path, cfg) for path in paths]
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict], dict]:
     """(gains, what they were measured with)."""
     start, corpus = time.time(), igpo.locate(f"{args.data}/corpus.jsonl")
     cfg = igpo.Config(model=args.model, init_adapter=args.init_adapter, gradient_checkpointing=False)
-    asked = teachable(igpo.load_questions(igpo.locate(args.questions or f"{args.data}/dev.jsonl")), corpus)
+    asked = teachable(load_questions(igpo.locate(args.questions or f"{args.data}/dev.jsonl")), corpus)
     asked = [(q, supporting) for q, supporting in asked if len(supporting) == 2][:args.limit]
     search, (model, tokenizer), rows = open_search(f"bm25:{corpus}"), igpo.load_model(cfg), []
     for q, supporting in tqdm(asked):
