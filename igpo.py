@@ -204,8 +204,8 @@ def load_model(cfg: Config, adapter: str = ""):
                         "folder of config.json, weights, tokenizer; an adapter is a PEFT folder.") from None
     if not adapter:
         torch.manual_seed(cfg.seed)
-        r = cfg.lora_rank
-        model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
+        lora = LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules="all-linear")
+        model = get_peft_model(model, lora)
     return model.eval(), tokenizer      # for good: with dropout the update would not see what score() saw
 
 @torch.no_grad()
@@ -215,8 +215,9 @@ def make_exact(lm, cfg: Config) -> None:
     text.max_position_embeddings = context_length(lm)
     if getattr(text, "sliding_window", None): text.sliding_window = 10**9      # rollouts stay within it
     if cfg.gradient_checkpointing: lm.gradient_checkpointing_enable({"use_reentrant": False})
-    pair, cache = torch.tensor([[1, 2]]), Cache(layer_class_to_replicate=lambda: StaticLayer(max_cache_len=2))
-    logits = lm.eval()(pair, cache=cache, use_cache=True).logits      # raises where layers keep other things
+    pair, layer = torch.tensor([[1, 2]], device=lm.device), lambda: StaticLayer(max_cache_len=2)
+    # It raises where layers keep anything else than keys and values.
+    logits = lm.eval()(pair, cache=Cache(layer_class_to_replicate=layer), use_cache=True).logits
     if torch.dist(logits, lm.get_output_embeddings()(lm.base_model(pair)[0])) > 0.01 * logits.norm():
         raise ValueError("it scales or caps its logits after the LM head, which token_logps does not")
     if experts := sum(p.numel() for p in lm.parameters() if p.dim() == 3):
@@ -325,21 +326,22 @@ def one_token_graph(lm):
     forward, held = lm.forward, {}
     @wraps(forward)
     def step(input_ids=None, position_ids=None, attention_mask=None, **rest):
-        inputs = input_ids, position_ids, attention_mask
-        run = lambda ids, at, mask: forward(ids, position_ids=at, attention_mask=mask, **rest)
+        kinds = attention_mask if isinstance(attention_mask, dict) else None      # one for each type of layer
+        def run(ids, at, *masks):
+            mask = dict(zip(kinds, masks)) if kinds else masks[0]
+            return forward(ids, position_ids=at, attention_mask=mask, **rest)
+        inputs = input_ids, position_ids, *(kinds.values() if kinds else [attention_mask])
         if "graph" in held:
             held["out"].logits = held["graph"](*inputs)
             return held["out"]
         held["out"] = run(*inputs)
         if input_ids.shape[1] == 1 and not getattr(lm, "no_graph", False):
-            column, examples = int(rest["cache"].get_seq_length()), tuple(x.clone() for x in inputs)
-            try:
-                held["graph"] = torch.cuda.make_graphed_callables(lambda *x: run(*x).logits, examples, 1)
+            column, copies = int(rest["cache"].get_seq_length()), tuple(x.clone() for x in inputs)
+            try: held["graph"] = torch.cuda.make_graphed_callables(lambda *x: run(*x).logits, copies, 1)
             except Exception as e:
                 lm.no_graph = True
                 tqdm.write(f"note: no CUDA graph of {type(lm).__name__} ({first_line(e)}): sampling is slow")
-            # The tokens that capturing has counted are still to come.
-            for layer in rest["cache"].layers: layer.cumulative_length.fill_(column)
+            for layer in rest["cache"].layers: layer.cumulative_length.fill_(column)      # capturing counts
         return held["out"]
     if lm.device.type == "cuda": lm.forward = step
     try: yield
@@ -454,15 +456,14 @@ def outcome_reward(rollout: Rollout, golds: list[str], format_penalty: float) ->
     """Eq. 2: F1 of the answer, or the penalty if the rollout ended in any other way."""
     return f1_score(rollout.answer, golds) if rollout.stop == "answer" else format_penalty
 def info_gains(beliefs: list[float], gain: str = "prob") -> list[float]:
-    """Eq. 4: what each turn but the last added to the belief, T beliefs giving T - 1 gains: "prob" takes the
-    difference of exp(b), "logprob" that of b."""
+    """Eq. 4: what each search added to the belief, T beliefs giving T - 1 gains; of exp(b), or of b."""
     levels = [math.exp(b) for b in beliefs] if gain == "prob" else beliefs
     return [after - before for before, after in zip(levels, levels[1:])]
 mean, std = lambda values: fmean(list(values) or [0.0]), lambda values: pstdev(list(values) or [0.0])
 
-# The gain, and arguments of turn_advantages. Pooled over all turns, the mean gain rewards or charges going on;
-# by turn, searches compete with those at the same depth, and when to stop is left to the outcome. Divided by
-# the std, noise or a format penalty has the size of a success in a group where nobody succeeds.
+# The gain, and arguments of turn_advantages. Pooled over all turns, the mean gain rewards or charges going
+# on; by turn, searches compete at one depth and when to stop is left to the outcome. Divided by the std,
+# noise or a format penalty has the size of a success in a group where nobody succeeds.
 RECIPES = {
     "igpo": ("prob", dict(pool="turn", scale=False)),                       # ours
     "igpo-v2": ("logprob", dict(pool="group", scale=True)),                 # the paper, v2
@@ -595,7 +596,7 @@ def record(tokenizer, r: Rollout, question: dict, beliefs, outcome, advantages, 
         text = tokenizer.decode([i for i, m in zip(r.ids[start:end], r.mask[start:end]) if m])
         found = at(r.retrieved, t) or Results()
         turns.append({"text": text, "query": at(r.queries, t), "error": found.error, "cached": found.cached,
-            "passages": list(map(asdict, found)), "gain": at(gains, t), "advantage": at(advantages, t)})
+                     "passages": [*map(asdict, found)], "gain": at(gains, t), "advantage": at(advantages, t)})
     kept = {k: question[k] for k in ("id", "question", "answers", "supporting", "hops") if k in question}
     return {**kept, "answer": r.answer, "stop": r.stop, "f1": f1_score(r.answer, question["answers"]),
             "em": exact_match(r.answer, question["answers"]), "outcome": outcome, "beliefs": beliefs,
@@ -629,9 +630,9 @@ def evaluate(model, tokenizer, questions: list[dict], search, cfg: Config) -> di
     """Greedy evaluation by all processes: mean F1, exact match and turns."""
     mine = questions[RANK::WORLD]
     rollouts = rollout(model, tokenizer, mine, search, replace(cfg, group=1, temperature=0.0))
-    rows = [(r.answer, q["answers"], len(r.boundaries)) for r, q in zip(rollouts, mine)]
-    rows = all_gather([(f1_score(answer, golds), exact_match(answer, golds), n) for answer, golds, n in rows])
-    return dict(zip(("eval_f1", "eval_em", "eval_turns"), map(mean, zip(*rows))))
+    rows = [(f1_score(r.answer, golds := q["answers"]), exact_match(r.answer, golds), len(r.boundaries))
+            for r, q in zip(rollouts, mine)]
+    return dict(zip(("eval_f1", "eval_em", "eval_turns"), map(mean, zip(*all_gather(rows)))))
 
 def step_questions(questions: list[dict], step: int, cfg: Config) -> list[dict]:
     """The questions of a step (from 1). Each epoch has its own order; the step alone tells where we are."""
