@@ -32,12 +32,15 @@ import os
 import random
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import fields, replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from tqdm import tqdm
 
 from igpo import (DEMO, MAX_FAILED_SEARCHES, RANK, SCHEMA, TAG, WORLD, Config, Rollout, UserError, all_gather,
@@ -141,14 +144,24 @@ def read_chosen(names: list[str], limit: int, seed: int) -> tuple[dict[str, list
 
 # ---- the folder of the results -----------------------------------------------------------------------------
 
-def weights_print(name: str, commit: str | None = None) -> str:
-    """What tells one version of a model or adapter from another: a checksum of its files, or its commit."""
+def weights_print(name: str, repo: str = "") -> str:
+    """What tells one version of weights from another: a checksum of local files, or the commit of the hub's.
+
+    name: as the user gave it. repo: what it is called on the hub, if it differs.
+    """
     path = Path(locate(name))
     if path.is_file():
         return fingerprint(path)
     files = [f for f in sorted(path.glob("*")) if f.suffix in (".safetensors", ".bin", ".json", ".model")]
     text = "\n".join(f"{file.name} {fingerprint(file)}" for file in files)
-    return hashlib.sha256(text.encode()).hexdigest()[:16] if files else commit or "unknown"
+    if files:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    for file in ("config.json", "adapter_config.json", path.name):
+        with suppress(HFValidationError):       # a name that none on the hub can have
+            cached = try_to_load_from_cache(repo or name, file)
+            if isinstance(cached, str):         # <cache>/models--owner--name/snapshots/<commit>/<file>
+                return Path(cached).parent.name
+    return "unknown"
 
 
 def search_print(cfg: Config, questions: list[dict]) -> str:
@@ -171,14 +184,14 @@ def search_print(cfg: Config, questions: list[dict]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
-def all_settings(args, cfg: Config, peft: str, chosen: dict, notes: dict, commit: str | None) -> dict:
-    """All that decides on the figures."""
-    prints = {"model": weights_print(cfg.model, commit)}
+def all_settings(args, cfg: Config, peft: str, chosen: dict, notes: dict, repo: str) -> dict:
+    """All that decides on the figures. repo: what the model is called on the hub."""
+    prints = {"model": weights_print(cfg.model, repo)}
     for key, path in (("init_adapter", cfg.init_adapter), ("adapter", peft)):
         if path:
             prints[key] = weights_print(path)
     if not args.no_search:
-        prints["search"] = search_print(cfg, [q for part in chosen.values() for q in part])
+        prints["search"] = search_print(cfg, [*chain(*chosen.values())])
     for key, value in prints.items():
         if value == "unknown":
             print(f"note: it cannot be told which {key} this is. If it changes, going on mixes two of them.")
@@ -186,8 +199,8 @@ def all_settings(args, cfg: Config, peft: str, chosen: dict, notes: dict, commit
             "no_search": args.no_search, "n": args.n, "benchmarks": notes, "fingerprints": prints}
 
 
-def begin_folder(wanted: str, settings: dict) -> tuple[dict, Path, list[dict]]:
-    """(settings, folder of the results, rows that are there already). wanted: --out. UserError.
+def begin_folder(wanted: str, settings: dict) -> tuple[Path, list[dict]]:
+    """(folder of the results, rows that are there already). wanted: --out. UserError.
 
     Results of other settings are never mixed: each get a folder of their own, or --out is refused.
     """
@@ -213,7 +226,7 @@ def begin_folder(wanted: str, settings: dict) -> tuple[dict, Path, list[dict]]:
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "config.json", json.dumps(settings, indent=1) + "\n")
     write_whole(path, "".join(map(one_line, rows)))     # anew: a last line may have been cut
-    return settings, out, rows
+    return out, rows
 
 
 def one_line(row: dict) -> str:
@@ -247,10 +260,10 @@ def play_chunk(model, tokenizer, search, tasks: list[tuple], cfg: Config) -> lis
     if not tasks:           # of the last chunk a process may have no share
         return []
     rollouts = [begin(tokenizer, question["question"]) for _, question, _ in tasks]
-    if search:
-        play(model, tokenizer, rollouts, search, cfg)
-    else:
+    if search is None:
         answer_at_once(model, tokenizer, rollouts, cfg)
+    else:
+        play(model, tokenizer, rollouts, search, cfg)
     _, beliefs = score(model, tokenizer, rollouts, [question["answers"] for _, question, _ in tasks], cfg)
     return [{"benchmark": name, "sample": k, **record(tokenizer, r, question, b, None, None, cfg)}
             for (name, question, k), r, b in zip(tasks, rollouts, beliefs)]
@@ -289,20 +302,30 @@ def play_all(model, tokenizer, search, cfg: Config, rows: list[dict], todo: list
             bar.update(len(new))
 
 
+def first(look):
+    """What look() returns in the first process, for all of them. If it raises there, all of them end."""
+    try:
+        found = [] if RANK else [look()]
+    except (SearchError, OSError) as e:
+        found = [e]
+    found, = all_gather(found)
+    if isinstance(found, Exception):
+        raise found if RANK == 0 else SystemExit(2)     # it is told once
+    return found
+
+
 def evaluate(args: argparse.Namespace) -> Path:
     """The whole evaluation; returns the folder of its results, which is made once nothing was refused."""
-    first = lambda look: all_gather([] if RANK else [look()])[0]      # one process looks, all know
     cfg, peft, names = first(lambda: load_config(args))
     chosen, notes = first(lambda: read_chosen(names, args.limit, cfg.seed))
     search = None if args.no_search else open_search(cfg.search, cfg.search_cache)
     model, tokenizer = load_model(cfg, adapter=peft)
     # In a closed book the words that make it answer stand between prompt and turn.
     room = len(encode(tokenizer, SCHEMA)) * args.no_search
-    check_questions(model, tokenizer, [q for part in chosen.values() for q in part],
-                    replace(cfg, max_new_tokens=cfg.max_new_tokens + room))
-    commit = getattr(unwrap(model).config, "_commit_hash", None)
-    settings = lambda: all_settings(args, cfg, peft, chosen, notes, commit)
-    settings, out, rows = first(lambda: begin_folder(args.out, settings()))
+    roomy, every = replace(cfg, max_new_tokens=cfg.max_new_tokens + room), [*chain(*chosen.values())]
+    first(lambda: check_questions(model, tokenizer, every, roomy))
+    settings = first(lambda: all_settings(args, cfg, peft, chosen, notes, unwrap(model).name_or_path))
+    out, rows = first(lambda: begin_folder(args.out, settings))
     done = {(row["benchmark"], row["id"], row["sample"]) for row in rows}
     tasks = [(name, q, k) for name, part in chosen.items() for q in part for k in range(args.n)]
     todo = [(name, q, k) for name, q, k in tasks if (name, q["id"], k) not in done]

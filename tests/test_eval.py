@@ -480,13 +480,18 @@ def test_fingerprints_of_searches(server, monkeypatch):
         prints(search="http://127.0.0.1:8000/retrieve")
 
 
-def test_fingerprints_of_weights(tmp_path):
-    assert evaluation.weights_print("owner/name") == "unknown"
-    assert evaluation.weights_print("owner/name", "c0ffee") == "c0ffee"
+def test_fingerprints_of_weights(tmp_path, monkeypatch):
+    commit, repo = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--owner--name"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert evaluation.weights_print("owner/name") == evaluation.weights_print("no/such/name") == "unknown"
+    for name, text in ((f"snapshots/{commit}/config.json", "{}"), ("refs/main", commit)):
+        (repo / name).parent.mkdir(parents=True)
+        (repo / name).write_text(text)
+    assert evaluation.weights_print("owner/name") == evaluation.weights_print("name", "owner/name") == commit
     (tmp_path / "m").mkdir()
     (tmp_path / "m/model.safetensors").write_bytes(b"1" * 100)
     (tmp_path / "m/README.md").write_text("x")
-    first = evaluation.weights_print(str(tmp_path / "m"), "c0ffee")
+    first = evaluation.weights_print(str(tmp_path / "m"), "owner/name")
     (tmp_path / "m/README.md").write_text("y")
     assert evaluation.weights_print(str(tmp_path / "m")) == first
     (tmp_path / "m/model.safetensors").write_bytes(b"1" * 99 + b"2")
@@ -539,3 +544,5 @@ def test_two_processes_share_the_questions(tmp_path):
     one, two = (read_lines(tmp_path / name / "rollouts.jsonl") for name in ("one", "two"))
     ends = lambda rows: [(r["id"], r["stop"], r["answer"], [t["text"] for t in r["turns"]]) for r in rows]
     assert ends(one) == ends(two)
+    done = program(*torchrun, *argv, tmp_path / "two", "--seed", 1)     # what the first process refuses is told once
+    assert done.returncode and done.stderr.count("eval: --out") == 1 and "Connection closed" not in done.stderr
