@@ -1,4 +1,4 @@
-"""eval.py and tools/metrics.py: scores and figures worked out by hand, and whole evaluations of the demo policy."""
+"""eval.py and tools/metrics.py: scores and figures by hand, and whole evaluations of the demo policy."""
 import doctest
 import json
 import math
@@ -49,7 +49,7 @@ SCORED = [   # answer, golds, then F1 and EM of the paper, F1 and EM of SQuAD, c
     ("U.S.", ["US"], 0, 0, 1, 1, 1),                        # {u, s} against {us}; SQuAD: "us"
     ("2,000", ["2000"], 0, 0, 1, 1, 1),                     # {2, 000}; SQuAD: "2000"
     ("yes, it is", ["yes"], 1 / 2, 0, 1 / 2, 0, 1),         # one of three words: P 1/3, R 1
-    ("no no no", ["no"], 1, 0, 1 / 2, 0, 1),                # sets have one word, sequences and multisets three
+    ("no no no", ["no"], 1, 0, 1 / 2, 0, 1),                # sets have one word, the others three
     ("fox red", ["red fox"], 1, 0, 1, 0, 0),                # order counts in exact match, in both
     ("red fox", ["wolf", "the red fox", "fox"], 4 / 5, 0, 1, 1, 1),     # the best alias
     ("in New York City", ["New York"], 2 / 3, 0, 2 / 3, 0, 1),          # P 2/4, R 1
@@ -100,7 +100,8 @@ def test_scores_agree_with_squads_script():
     for _ in range(2000):
         answer, gold = (" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(2))
         found = scores(answer, [gold])
-        assert (found["f1_squad"], found["em_squad"]) == pytest.approx(squad_script(answer, gold)), (answer, gold)
+        theirs = pytest.approx(squad_script(answer, gold))
+        assert (found["f1_squad"], found["em_squad"]) == theirs, (answer, gold)
         assert found["cover_em"] >= found["em_squad"]
 
 
@@ -109,8 +110,9 @@ def test_scores_agree_with_squads_script():
 def test_a_rollout_is_measured_by_hand():
     assert measure(line()) == {
         "f1_paper": (pytest.approx(0.8), 1), "em_paper": (0.0, 1), "f1_squad": (1.0, 1), "em_squad": (1.0, 1),
-        "cover_em": (1.0, 1), "turns": (3, 1), "searches": (2, 1), "tokens": (30, 1), "failed_searches": (1, 2),
-        "cached_searches": (0, 2), "recall": (1, 2), "belief_first": (-2.0, 1), "belief_last": (-1.75, 1),
+        "cover_em": (1.0, 1), "turns": (3, 1), "searches": (2, 1), "tokens": (30, 1),
+        "failed_searches": (1, 2), "cached_searches": (0, 2), "recall": (1, 2),
+        "belief_first": (-2.0, 1), "belief_last": (-1.75, 1),
         "entropy_reduction": (0.25, 1), "gain_positive": (1, 1), "stop_answer": (1, 1), "stop_format": (0, 1),
         "stop_length": (0, 1), "stop_turns": (0, 1)}
     assert measure(line(supporting=["ONE"]))["recall"] == (1, 1)        # by title, in any case
@@ -135,7 +137,8 @@ def test_summary_and_samples_by_hand():
     assert list(s) == ["b", "c", "macro average"] and s["b"]["questions"] == 2 and s["b"]["rollouts"] == 4
     assert value("b", "f1_paper") == pytest.approx(0.2) and value("b", "pass_f1") == pytest.approx(0.4)
     assert value("b", "pass_em") == 0.0 and value("c", "pass_em") == 1.0
-    assert value("b", "entropy_reduction") == pytest.approx((0.25 - 3) / 4) and value("b", "gain_positive") == 0.25
+    assert value("b", "entropy_reduction") == pytest.approx((0.25 - 3) / 4)
+    assert value("b", "gain_positive") == 0.25
     assert value("b", "failed_searches") == 0.5 and s["c"]["failed_searches"] is None
     assert value("macro average", "failed_searches") == 0.5         # over the benchmarks where it is known
     assert value("macro average", "f1_paper") == pytest.approx((0.2 + 1) / 2)
@@ -150,7 +153,7 @@ def test_bootstrap_on_known_cases():
     # Two questions, 0 and 1: the mean of a resample is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4.
     two = bootstrap(np.array([[0.0], [1.0]]), np.ones((2, 1)), 4000)[:, 0]
     assert [np.mean(two == v) for v in (0, 0.5, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
-    # 100 questions, half of them right: binomial(100, 1/2) / 100, with 2.5 % and 97.5 % points at .40 and .60.
+    # 100 questions, half of them right: binomial(100, 1/2) / 100; 2.5 % and 97.5 % points are .40 and .60.
     coin = bootstrap(np.arange(100)[:, None] % 2, np.ones((100, 1)), 4000)[:, 0]
     assert np.percentile(coin, [2.5, 97.5]) == pytest.approx([0.40, 0.60], abs=0.011)
     # A share of searches: 1 of 1 and 0 of 3 failed. Resamples give 1 / 1, 1 / 4 or 0 / 3.
@@ -165,13 +168,13 @@ def outcomes(right, benchmark="x"):
 
 
 def test_compare_by_hand():
-    """b is better on two of three questions and worse on one. The mean difference of a resample is not above 0 if
-    at most one of its three draws is a gain: (1/3)^3 + 3 (2/3) (1/3)^2 = 7/27, so p = 14/27."""
+    """b is better on two of three questions and worse on one. The mean difference of a resample is not above
+    0 if at most one of its three draws is a gain: (1/3)^3 + 3 (2/3) (1/3)^2 = 7/27, so p = 14/27."""
     row, = compare(outcomes([0, 0, 1]), outcomes([1, 1, 0]) + [line(benchmark="x", id="only b")])
     assert (row["questions"], row["win"], row["tie"], row["loss"]) == (3, 2, 0, 1)
     assert (row["a"], row["b"], row["difference"]) == pytest.approx((1 / 3, 2 / 3, 1 / 3))
     assert row["p"] == pytest.approx(14 / 27, abs=0.03) and (row["low"], row["high"]) == (-1, 1)
-    clear, = compare(outcomes([0] * 20), outcomes([1] * 20))        # not once the other way in 10,000 resamples
+    clear, = compare(outcomes([0] * 20), outcomes([1] * 20))        # never the other way in 10,000 resamples
     assert clear["p"] == pytest.approx(1e-4) and clear["low"] == clear["high"] == 1
     equal, = compare(outcomes([1, 0]), outcomes([1, 0]))
     assert equal["p"] == 1 and (equal["win"], equal["tie"], equal["loss"]) == (0, 2, 0)
@@ -192,7 +195,8 @@ def test_compare_as_a_command(tmp_path, capsys):
     assert metrics.main([a, b, "--metric", "em_squad"]) == 0
     out = capsys.readouterr().out
     assert "EM SQuAD in %" in out and "1 only in B" in out and "only in A" not in out
-    assert re.search(r"\| +3 \| 33.33 \| 66.67 \| \+33.33 \| \[-100.00, \+100.00\] \| 0.\d+ \| +2 / 0 / 1 \|", out)
+    cells = ("x", "3", "33.33", "66.67", "+33.33", "[-100.00, +100.00]", r"0\.\d+", "2 / 0 / 1")
+    assert re.search(r" +\| +".join(c if "\\" in c else re.escape(c) for c in cells) + r" +\|", out)
     (tmp_path / "a/rollouts.jsonl").write_text('{"question": "Who?", "answers": ["a"]}\n')
     for left, why in ((a, "holds no rollouts"), (str(tmp_path / "none"), "cannot be read")):
         assert metrics.main([left, b]) == 2
@@ -214,11 +218,12 @@ def test_an_evaluation_whole_and_gone_on_with(tmp_path, capsys, monkeypatch):
     assert all(len(r["beliefs"]) == len(r["turns"]) <= 2 and r["stop"] in metrics.STOPS for r in rows)
     results = json.loads((tmp_path / "a/results.json").read_text())
     f1 = sum(f1_score(r["answer"], r["answers"]) for r in rows) / 4
-    assert results["results"]["demo"]["f1_paper"]["value"] == pytest.approx(f1) and "torch" in results["versions"]
+    assert results["results"]["demo"]["f1_paper"]["value"] == pytest.approx(f1)
+    assert "torch" in results["versions"]
     settings = results["settings"]
     assert settings["temperature"] == 0 and set(settings["fingerprints"]) == {"model", "search"}
     assert (tmp_path / "a/report.html").exists() and "F1" in (tmp_path / "a/results.md").read_text()
-    # Cut in the middle of a line: the whole lines are kept, the rest is played again, and ends in the same way.
+    # Cut in the middle of a line: the whole lines are kept, the rest is played again, and ends as before.
     cut = whole.splitlines(True)
     (tmp_path / "a/rollouts.jsonl").write_text("".join(cut[:3]) + cut[3][:40])
     code, out, _ = run(capsys, *command)
@@ -270,9 +275,9 @@ def test_a_closed_book(tmp_path, capsys, monkeypatch):
 
 
 def test_what_counts_as_an_answer_in_a_closed_book(monkeypatch):
-    """The policy's words come behind an open <answer>: up to </answer> they are the answer, if no tag is in them."""
+    """The policy's words stand behind an open <answer>: up to </answer> they are the answer, without tags."""
     model, tokenizer = igpo.load_model(igpo.Config(**igpo.DEMO))
-    written = iter([("Ann </answer>", "format"), ("</answer>", "format"), ("Ann <search> </answer>", "format"),
+    written = iter([("Ann </answer>", "format"), ("</answer>", "format"), ("Ann <search></answer>", "format"),
                     ("Ann", "length"), ("Ann </think><search> q </search>", "turns")])
     def play(model, tokenizer, rollouts, search, cfg):
         assert cfg.max_turns == 1 and search is None
@@ -288,7 +293,7 @@ def test_what_counts_as_an_answer_in_a_closed_book(monkeypatch):
 
 
 def test_adapters_bring_the_episode_of_their_run(tmp_path, capsys, monkeypatch):
-    """checkpoint/ of a run folder, best/ if it is named, and a PEFT folder with a config.json of another make."""
+    """checkpoint/ of a run folder, best/ if it is named, a PEFT folder with a config.json of another make."""
     monkeypatch.chdir(tmp_path)
     cfg = igpo.Config(**{**igpo.DEMO, "max_turns": 2, "max_new_tokens": 24})
     model, _ = igpo.load_model(cfg)
@@ -334,7 +339,7 @@ def data_folder(folder, k=1, text="A short text."):
 
 
 def test_a_folder_of_data_brings_questions_and_corpus(tmp_path, capsys, monkeypatch):
-    """And of its long passages that counts, and is kept, which the policy was shown: each in part, or none."""
+    """Of long passages that counts, and is kept, which the policy was shown: each in part, or none."""
     monkeypatch.chdir(tmp_path)
     data_folder(tmp_path / "d", text="The sea is wide. " * 60)
     code, out, err = run(capsys, "--data", "d", "--passages", 3, "--max_info_tokens", 150, *TINY)
@@ -369,7 +374,7 @@ def test_which_questions_and_which_corpus(tmp_path, monkeypatch):
     set_run(dev="d/dev.jsonl", search="http://127.0.0.1:1/r")
     assert configuration("--adapter", "x") == ("http://127.0.0.1:1/r", ["d/dev.jsonl"])
     assert configuration("--adapter", "x", "--data", "e") == ("bm25:e/corpus.jsonl", ["e/dev.jsonl"])
-    assert configuration("--adapter", "x", "--data", "e", "--search", "http://127.0.0.1:2/r")[0].endswith(":2/r")
+    assert configuration("--adapter", "x", "--data", "e", "--search", "duckduckgo")[0] == "duckduckgo"
     (tmp_path / "e/test.jsonl").write_text((tmp_path / "e/dev.jsonl").read_text())
     assert configuration("--data", "e")[1] == ["e/test.jsonl"]
     assert configuration() == (f"bm25:{ROOT}/demo/corpus.jsonl", ["demo"])
@@ -392,7 +397,8 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, monkeypatch, argv, mess
     assert not list(tmp_path.iterdir())         # no empty folder is left behind
 
 
-def test_a_question_beyond_the_models_context_is_refused_before_anything_is_played(tmp_path, capsys, monkeypatch):
+def test_a_question_beyond_the_models_context_is_refused(tmp_path, capsys, monkeypatch):
+    """And before anything is played."""
     monkeypatch.chdir(tmp_path)
     rows = [{"id": "short", "question": "Who?", "answers": ["Ann"]},
             {"id": "long", "question": "For the ship Merry Lynx, " * 400, "answers": ["Ann"]}]
@@ -428,8 +434,8 @@ class Server:
 
     def search_many(self, queries, k):
         Server.asked += 1
-        return [Results([] if self.error else [Passage("1", "Tavo", f"From corpus {self.corpus}.")], self.error)
-                for _ in queries]
+        found = [] if self.error else [Passage("1", "Tavo", f"From corpus {self.corpus}.")]
+        return [Results(found, self.error) for _ in queries]
 
 
 @pytest.fixture
@@ -544,5 +550,7 @@ def test_two_processes_share_the_questions(tmp_path):
     one, two = (read_lines(tmp_path / name / "rollouts.jsonl") for name in ("one", "two"))
     ends = lambda rows: [(r["id"], r["stop"], r["answer"], [t["text"] for t in r["turns"]]) for r in rows]
     assert ends(one) == ends(two)
-    done = program(*torchrun, *argv, tmp_path / "two", "--seed", 1)     # what the first process refuses is told once
-    assert done.returncode and done.stderr.count("eval: --out") == 1 and "Connection closed" not in done.stderr
+    # What the first process refuses is told once, and ends the other.
+    done = program(*torchrun, *argv, tmp_path / "two", "--seed", 1)
+    assert done.returncode and done.stderr.count("eval: --out") == 1
+    assert "Connection closed" not in done.stderr

@@ -28,11 +28,12 @@ def line(**changes):
     search = {"text": "t </think><search> q </search>", "query": "q", "error": None, "cached": False,
               "passages": [passage], "gain": 0.5, "advantage": None}
     failed = {**search, "passages": [], "error": "down", "gain": -0.25}
-    last = {**search, "text": "t </think><answer> red fox </answer>", "query": None, "passages": [], "gain": None}
+    answer = "t </think><answer> red fox </answer>"
+    last = {**failed, "text": answer, "query": None, "error": None, "gain": None}
     return {"benchmark": "b", "sample": 0, "id": "1", "question": "Who?", "answers": ["the red fox"],
             "supporting": ["p1", "Two"], "f1": 0.8, "em": 0.0, "answer": "red fox", "stop": "answer",
-            "outcome": None, "beliefs": [-2.0, -1.5, -1.75], "policy_tokens": 30, "turns": [search, failed, last],
-            **changes}
+            "outcome": None, "beliefs": [-2.0, -1.5, -1.75], "policy_tokens": 30,
+            "turns": [search, failed, last], **changes}
 
 
 def many(n):
@@ -114,8 +115,8 @@ turn 3  thinks    t
         answers   red fox
         advantage +0.250
 end               answered, F1 0.80"""
-    broken = line(turns=[{**row["turns"][0], "text": "no\n\n form " + "x" * 500, "query": None, "passages": []}])
-    text = report.transcript(broken, width=60)
+    broken = {**row["turns"][0], "text": "no\n\n form " + "x" * 500, "query": None, "passages": []}
+    text = report.transcript(line(turns=[broken]), width=60)
     assert "writes    no form" in text and "x .." in text and max(map(len, text.split("\n"))) <= 60
 
 
@@ -133,13 +134,14 @@ def test_the_page_allows_only_itself(tmp_path):
     report.write_report(tmp_path / "report.html", f"a {EVIL}", {"Model": EVIL}, many(5), summarise(many(5)))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in page and "unsafe" not in page.split("</head>")[0]
-    assert page.count("<script") == 2 and page.count("</script") == 2 and "<img" not in page and "<svg" not in page
+    assert page.count("<script") == page.count("</script") == 2 and "<img" not in page and "<svg" not in page
     assert not re.search(r"<[^>]*\b(src|href)\s*=", page.split("<style>")[0])
     for tag in ("style", "script"):         # each hash is that of what stands there
         body = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
         assert base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() in page
     data = page_data(tmp_path / "report.html")
-    assert data["rows"][1]["beliefs"] == [-2.0, -1.5, None] and data["rows"][0]["question"].endswith("&lt;b&gt;")
+    assert data["rows"][1]["beliefs"] == [-2.0, -1.5, None]
+    assert data["rows"][0]["question"].endswith("&lt;b&gt;")
     assert len(data["passages"]) == 1 and data["rows"][0]["turns"][0]["found"] == [[0, 1.0, 1]]
 
 
@@ -156,11 +158,11 @@ def test_pages_of_a_run_an_evaluation_and_older_files(tmp_path, capsys):
     data = page_data(tmp_path / "run/report.html")
     assert [turn["advantage"] for turn in data["rows"][0]["turns"]] == [1.5, -0.5, None]
     labels = [cells[0] for cells in data["tables"][0][1]]
-    assert labels == ["", *(f"steps {k}–{min(k + 2, 24)}" for k in range(1, 25, 3))]       # tenths of 24, rounded up
+    assert labels == ["", *(f"steps {k}–{k + 2}" for k in range(1, 25, 3))]      # a tenth of 24, rounded up
     assert data["facts"] == {"Steps": "24", "Model": "demo/policy", "Credit": "igpo"}
     # Of an evaluation: its settings, and the order of its benchmarks.
-    settings = {"model": "m", "adapter": "", "search": "bm25:c.jsonl", "passages": 3, "n": 1, "no_search": False,
-                "max_turns": 4, "max_new_tokens": 32, "temperature": 0.0,
+    settings = {"model": "m", "adapter": "", "search": "bm25:c.jsonl", "passages": 3, "n": 1,
+                "no_search": False, "max_turns": 4, "max_new_tokens": 32, "temperature": 0.0,
                 "benchmarks": {"z": {"questions": "all 1"}, "b": {"questions": "1 of 2, drawn with seed 0"}}}
     folder = write_lines(tmp_path / "results", [line(), line(benchmark="z")], settings)
     assert run(capsys, folder)[0] == 0
@@ -175,7 +177,8 @@ def test_what_is_no_folder_of_rollouts_is_told_in_one_line(tmp_path, capsys):
         code, _, err = run(capsys, *argv)
         assert code == 2 and err.startswith("tools.report: ") and err.count("\n") == 1
         return err
-    assert "cannot be read" in refused(tmp_path / "nowhere") and "cannot be read" in refused("--plot", tmp_path)
+    for argv in ([tmp_path / "nowhere"], ["--plot", tmp_path]):
+        assert "cannot be read" in refused(*argv)
     (tmp_path / "rollouts.jsonl").write_text('{"question": "Who?", "answers": ["a"]}\n')
     assert "holds no rollouts" in refused(tmp_path)
     write_lines(tmp_path, many(3))
@@ -183,7 +186,8 @@ def test_what_is_no_folder_of_rollouts_is_told_in_one_line(tmp_path, capsys):
     for text in ('{"benchmarks"', "[1]"):
         (tmp_path / "config.json").write_text(text)
         assert "config.json: cannot be read" in refused(tmp_path)
-    for argv in ([], ["--show", "1"], [str(tmp_path), "--show", "0"], [str(tmp_path), "--plot", str(tmp_path)]):
+    folder = str(tmp_path)
+    for argv in ([], ["--show", "1"], [folder, "--show", "0"], [folder, "--plot", folder]):
         with pytest.raises(SystemExit) as e:
             report.main(argv)
         assert e.value.code == 2
@@ -196,7 +200,7 @@ def test_large_pages_keep_whole_questions(tmp_path):
     data = page_data(tmp_path / "r.html")
     assert len(data["rows"]) == 25 and "all 40 rollouts" in data["note"]
     assert sum(row["id"].startswith("once") for row in data["rows"]) == 1       # 8 x 3, and 1
-    one = [line(id="one", step=s) for s in range(1, 61)]        # a single question, too often: every third rollout
+    one = [line(id="one", step=s) for s in range(1, 61)]        # one question, too often: every third row
     assert [row["step"] for row in report.whole_questions(one, 25)] == list(range(1, 61, 3))
 
 
@@ -204,7 +208,8 @@ def test_large_pages_keep_whole_questions(tmp_path):
 
 def write_run(folder, seed, credit="igpo", lift=0.0):
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"credit": credit, "seed": seed, "out": str(folder), "lr": 1e-3}))
+    config = {"credit": credit, "seed": seed, "out": str(folder), "lr": 1e-3}
+    (folder / "config.json").write_text(json.dumps(config))
     rows = [{"step": 0, "eval_f1": 0.1 + lift}]
     for step in (1, 2):
         rows.append({"step": step, "policy_tokens": 100 * step + 10 * seed, "no_signal_outcome": 0.5 + lift,
@@ -229,7 +234,8 @@ def test_curves_by_hand(tmp_path, capsys):
     steps, tokens, signal, gain = figure.axes
     assert [list(l.get_xdata()) for l in steps.lines] == [[0, 2], [0, 2]]
     assert [list(l.get_xdata()) for l in tokens.lines] == [[0, 310], [0, 300]]
-    assert list(steps.lines[0].get_ydata()) == near([0.2, 0.4]) and len(steps.collections) == 1     # a band: two seeds
+    assert list(steps.lines[0].get_ydata()) == near([0.2, 0.4])
+    assert len(steps.collections) == 1      # a band, where there are two seeds
     assert [l.get_label() for l in signal.lines] == ["igpo, by outcomes alone", "igpo, as trained on",
                                                      "grpo, by outcomes alone", "grpo, as trained on"]
     assert list(signal.lines[0].get_ydata()) == near([0.6, 0.6])
@@ -254,8 +260,9 @@ in_a_browser = pytest.mark.skipif(not LONG or not CHROMIUM,
 def browse(url, folder, *options):
     """The page's DOM after its script has run, and what the browser had to say."""
     done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                           f"--user-data-dir={folder}/profile", "--window-size=1300,1000", "--enable-logging=stderr",
-                           "--log-level=0", *options, url], capture_output=True, text=True, timeout=120)
+                           f"--user-data-dir={folder}/profile", "--window-size=1300,1000", *options,
+                           "--enable-logging=stderr", "--log-level=0", url],
+                          capture_output=True, text=True, timeout=120)
     return done.stdout, done.stderr
 
 
@@ -282,10 +289,15 @@ document.getElementById("f").onload = () => {
   const w = document.getElementById("f").contentWindow, d = w.document, q = s => d.querySelector(s);
   const all = s => [...d.querySelectorAll(s)], text = s => q(s).textContent, count = () => text("#count");
   const press = (key, at = w) => at.dispatchEvent(new w.KeyboardEvent("keydown", {key, bubbles: true}));
-  const set = (id, value, type) => { q("#" + id).value = value; q("#" + id).dispatchEvent(new w.Event(type)); };
+  const set = (id, value, type) => {
+    q("#" + id).value = value;
+    q("#" + id).dispatchEvent(new w.Event(type));
+  };
   log.title = d.title; log.heading = text("h1"); log.count = count(); log.question = text("h2");
-  log.items = all(".item").length; log.nodes = all("*").length; log.images = all("img, svg[onload], iframe").length;
-  log.pills = all("#show .pill").map(e => e.textContent); log.tones = all("#show .pill").map(e => e.className);
+  log.items = all(".item").length; log.nodes = all("*").length;
+  log.images = all("img, svg[onload], iframe").length;
+  log.pills = all("#show .pill").map(e => e.textContent);
+  log.tones = all("#show .pill").map(e => e.className);
   log.folded = all("#show details[open]").length; log.points = all("#show svg.chart circle").length;
   log.summary = text("#show summary"); log.acts = all("#show .act").map(e => e.textContent);
   press("p"); log.passage = text(".passage p"); log.supporting = text(".passage em"); press("p");
@@ -304,8 +316,9 @@ document.getElementById("f").onload = () => {
 
 @in_a_browser
 def test_a_page_in_a_browser(tmp_path):
-    """2,000 rollouts that try to be script. A page around the report presses keys and filters, as a person would."""
-    report.write_report(tmp_path / "report.html", f"a {EVIL}", {"Model": EVIL}, many(2000), summarise(many(60)))
+    """2,000 rollouts that try to be script. A page around the report presses keys, and filters."""
+    summary = summarise(many(60))
+    report.write_report(tmp_path / "report.html", f"a {EVIL}", {"Model": EVIL}, many(2000), summary)
     (tmp_path / "person.html").write_text(PERSON)
     seen = []
     server = serve(tmp_path, seen)
@@ -314,7 +327,7 @@ def test_a_page_in_a_browser(tmp_path):
     finally:
         server.shutdown()
         server.server_close()
-    assert set(seen) <= {"/person.html", "/report.html", "/favicon.ico"}        # and nothing else was asked for
+    assert set(seen) <= {"/person.html", "/report.html", "/favicon.ico"}        # nothing else was asked for
     assert "Refused" not in said and "Uncaught" not in said
     log = json.loads(html.unescape(re.search(r"<body>(\{.*\})</body>", dom, re.DOTALL)[1]))
     flat = lambda text: " ".join(text.split())
@@ -329,7 +342,8 @@ def test_a_page_in_a_browser(tmp_path):
     assert log["acts"] == ["searches forneedle0", "searches forq", "answersred fox"]
     assert log["next"].startswith("Question 1?") and log["back"].startswith("Question 0?")
     assert log["chosen"].startswith("Question 1?")      # keys work while a filter has the focus
-    assert log["right"] == "667 of 2,000 rollouts" and log["both"] == "333 of 2,000 rollouts"      # 0, 3 ..; odd ones
+    assert log["right"] == "667 of 2,000 rollouts"      # 0, 3, 6 ..
+    assert log["both"] == "333 of 2,000 rollouts"       # 3, 9, 15 ..
     assert log["first"].startswith("Question 3?")
     assert log["found"] == "1 of 2,000 rollouts" and "q=NEEDLE1234" in log["hash"]
     assert log["far"].startswith("Question 50?") and log["current"].startswith("Question 50?")
@@ -348,7 +362,8 @@ def test_the_page_of_a_training_run_in_a_browser(tmp_path):
     report.report(write_lines(tmp_path, rows, {"model": "demo/policy", "credit": "igpo"}))
     dom, _ = browse(f"file://{tmp_path}/report.html#side=1", tmp_path, "--dump-dom")
     body = dom[dom.index("<header"):]           # what the script made, behind the data
-    assert body.count("<section>") == 3 and all(f">step {s}</p>" in body for s in (1, 7, 12)) and "steps 1–2" in body
+    assert body.count("<section>") == 3 and all(f">step {s}</p>" in body for s in (1, 7, 12))
+    assert "steps 1–2" in body
     assert body.count("advantage <b>+1.50</b>") == 3 and body.count("advantage <b>−0.50</b>") == 3
     assert ">igpo</dd>" in body
     # A question of one step alone: its rollouts side by side, under the names that tell them apart.
