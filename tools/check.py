@@ -153,11 +153,11 @@ def stop_tags(t: Trial):
     figure = "; ".join(f"{tag} = {' '.join(map(repr, parts))}" for tag, parts in pieces.items())
     for action in ("search", "answer"):
         ids = igpo.encode(t.tokenizer, f" I need more.\n</think>\n<{action}> Tavo </{action}>")
-        closed = [igpo.turn_end(ids[:n], t.tokenizer, [])[1] for n in range(1, len(ids) + 1)]
-        stops = igpo.stop_tags(t.tokenizer)
-        ended = [bool(stops(torch.tensor([ids[:n]]), None)[0]) for n in range(1, len(ids) + 1)]
-        parsed = igpo.parse_turn(t.tokenizer.decode(ids))
-        if not closed == ended == [False] * (len(ids) - 1) + [True] or parsed != (action, "Tavo"):
+        begun, wanted = [ids[:n + 1] for n in range(len(ids))], [False] * (len(ids) - 1) + [True]
+        stops = lambda turn: bool(igpo.stop_tags(t.tokenizer)(torch.tensor([turn]), None)[0])
+        if not (igpo.parse_turn(t.tokenizer.decode(ids)) == (action, "Tavo")
+                and [igpo.turn_end(turn, t.tokenizer, [])[1] for turn in begun] == wanted
+                and [*map(stops, begun)] == wanted):
             return "fail", f"{figure}; a turn does not end at </{action}>", (
                 "this tokenizer does not give the tags back as they are: take another model, "
                 "or add the tags to its vocabulary and warm-start it")

@@ -15,7 +15,8 @@
 
 A credit function gets all groups of a step: the beliefs and outcomes of its rollouts (cfg.group in a row
 are a group) and what they were made from. It returns the advantage of each turn of each rollout. The
-mathematics of each is a pure function: of one group, unless its docstring says otherwise. """
+mathematics of each is a pure function: of one group, unless its docstring says otherwise.
+"""
 import argparse
 import json
 import math
@@ -55,13 +56,13 @@ def flat(groups) -> list:
 # ---- from beliefs and outcomes alone -----------------------------------------------------------------------
 
 def dr_venus(gains: list[list[float]], outcomes: list[float]) -> list[list[float]]:
-    """DR-Venus (arXiv 2604.19859; "raw_ig" in its code, where it is recommended against ever fewer turns).
+    """DR-Venus (arXiv 2604.19859), "raw_ig" in its code, recommended there because turns do not become fewer.
 
     A gain is divided by the std of the group's gains and not centred, so that a search which helps is
-    rewarded also where all others helped more. The z-score of the outcome is added to every turn, and
-    nothing is summed. Gains are differences of log-probabilities. What remains: theirs are given only to
-    turns that open a page, and a turn whose format is broken costs something; here gains that all agree are
-    0, not divided by 1e-4.
+    rewarded also where others helped more. The z-score of the outcome is added to every turn, and nothing is
+    summed. Gains are differences of log-probabilities. What remains: theirs are given only to turns that open
+    a page, and a turn of broken format costs something; gains that all agree are 0 here, where theirs are
+    divided by 1e-4, or by 1 if there is one alone.
 
     >>> dr_venus([[1.0], [3.0]], [0.0, 1.0])
     [[0.0, -1.0], [4.0, 1.0]]
@@ -81,7 +82,7 @@ def dr_venus_scaled(gains: list[list[list[float]]], outcomes: list[list[float]])
     >>> dr_venus_scaled([[[1.0], [3.0]], [[1.0], [3.0]]], [[0.0, 1.0], [0.5, 0.5]])
     [[[-1.5, -1.0], [1.5, 1.0]], [[-0.5, 0.0], [0.5, 0.0]]]
     """
-    rewards = [turn_advantages(gs, os, "group", scale=True, gamma=0.0) for gs, os in zip(gains, outcomes)]
+    rewards = [turn_advantages(*of, "group", scale=True, gamma=0.0) for of in zip(gains, outcomes)]
     size = lambda values: mean(all_gather([abs(v) for v in values]))      # over the groups of all processes
     outcome_size = max(size(row[-1] for rows in rewards for row in rows), 0.3)
     gain_size = size(r for rows in rewards for row in rows for r in row[:-1]) or 1.0
@@ -94,9 +95,9 @@ def a2tgpo(gains: list[list[float]], outcomes: list[float], weight: float = 0.3)
     """A2TGPO (arXiv 2605.06200): gains are compared with those of the same turn, and their sum does not grow.
 
     The z-scores of the n gains from a turn to the end are summed and divided by sqrt(n), which is the std
-    of such a sum. This times `weight`, plus the z-score of the outcome, is the advantage. gamma is 1. What
-    remains: their ratio is one of whole turns, and its clip range depends on the gain, which matters only
-    with several updates per step (--minibatches); a gain without another at its turn is 0 here.
+    of such a sum. This times `weight` (its code has 0.3), plus the z-score of the outcome, is the advantage;
+    gamma is 1. What remains: their ratio is one of whole turns, and its clip range depends on the gain, which
+    matters only with several updates per step (--minibatches); a gain that is alone at its turn is 0 here.
 
     >>> a2tgpo([[1.0, 1.0], [3.0, 3.0]], [0.5, 0.5], weight=1.0)[1]
     [1.414213562373095, 1.0, 0.0]
@@ -259,9 +260,10 @@ def random_baseline(*, beliefs, outcomes, cfg, model, tokenizer, rollouts, asked
 
     Random passages are, as in its code, what searches of the step brought; here those of other questions,
     one draw for each search (theirs: 3). It costs one forward of all that stands before each boundary. What
-    remains: the paper changes the advantage of the query's tokens alone, by differences of
-    log-probabilities of which it drops the small ones and shrinks the negative ones. Here gains are
-    probabilities, in igpo's own normalisation. """
+    remains: the paper changes the advantage of the query's tokens alone, by differences of log-probabilities
+    of which it drops the small ones and shrinks the negative ones. Here gains are differences of
+    probabilities, in igpo's own normalisation, and fall on the whole turn.
+    """
     if cfg.questions < 2:
         raise UserError("--credit random-baseline takes passages from other questions: raise --questions")
     draw = random.Random(torch.initial_seed())      # igpo.py sets it for each step, also after a resume
@@ -277,11 +279,11 @@ def random_baseline(*, beliefs, outcomes, cfg, model, tokenizer, rollouts, asked
 
 def mc_values(model, tokenizer, rollouts: list[Rollout], asked: list[dict], search, cfg: Config,
               mc_rollouts: int, alpha: float = 0.9) -> tuple[list[list[float]], int]:
-    """ReasonRAG (arXiv 2505.14069): the value of the state at each boundary, which is the mean of F1 *
-    alpha^turns over mc_rollouts rollouts from there. Returns (values per rollout, tokens generated for
-    them).
+    """ReasonRAG (arXiv 2505.14069): the value of the state at each boundary, which is the mean of
+    F1 * alpha^turns over mc_rollouts rollouts from there. Returns (values per rollout, tokens generated).
 
-    The rollouts of a group share their start, so it is valued by those from all of its copies.
+    The rollouts of a group share their start, so it is valued by those from all of its copies. UserError if
+    too many searches failed.
     """
     starts = [Rollout(r.ids[:b], r.mask[:b], r.boundaries[:t + 1], queries=r.queries[:t],
                       retrieved=r.retrieved[:t])
@@ -290,6 +292,9 @@ def mc_values(model, tokenizer, rollouts: list[Rollout], asked: list[dict], sear
     in_order = sorted(starts, key=lambda s: len(s.ids))     # little padding
     for i in range(0, len(starts), cfg.rollout_batch):
         igpo.play(model, tokenizer, in_order[i:i + cfg.rollout_batch], search, cfg)
+    errors = [found.error for s in starts for found in s.retrieved]
+    if (failed := sum(map(bool, errors))) > igpo.MAX_FAILED_SEARCHES * len(errors):
+        raise UserError(f"{failed} of {len(errors)} searches failed ({next(filter(None, errors))})")
     ends, values = iter(starts), []
     for r, q in zip(rollouts, asked):
         tries = [[next(ends) for _ in range(mc_rollouts)] for _ in r.boundaries]
