@@ -328,8 +328,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.error = lambda message: parser.exit(2, f"tools.metrics: {message}; --help lists the options\n")
     parser.add_argument("a", metavar="A", help="folder of results (or of a training run)")
     parser.add_argument("b", metavar="B", help="another one, that may be better")
-    parser.add_argument("--metric", default="f1_paper", help="what is compared (f1_paper)",
-                        choices=[name for name in METRICS if not name.startswith("pass_")])
+    names = [name for name in METRICS if not name.startswith("pass_")]
+    parser.add_argument("--metric", default="f1_paper", choices=names, metavar="M",
+                        help=f"what is compared (f1_paper): {', '.join(names)}")
     args = parser.parse_args(argv)
     try:
         print(comparison(args.a, args.b, args.metric))
