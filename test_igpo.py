@@ -6,6 +6,7 @@ It needs igpo.py, search_tool.py and demo/. Runs, faults, hostile input and othe
 """
 import contextlib
 import doctest
+import functools
 import math
 import os
 import re
@@ -519,47 +520,73 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(demo, positions, monke
     assert len({len(r.ids) - r.boundaries[0] for r in alone}) > 1
 
 
-class OnCuda:
-    """The model, which claims to be on a GPU: so one_token_graph takes its path there."""
-    device = SimpleNamespace(type="cuda")
+class Captures:
+    """CUDA graphs without a GPU, for a model that claims to be on one. While captured, a forward leaves cache
+    and tensors as they are; a replay reads and writes the tensors of the capture, no others."""
+    device = SimpleNamespace(type="cuda", index=0)
 
     def __init__(self, lm):
-        object.__setattr__(self, "lm", lm)
+        self.lm, self.open, self.captured, self.replayed, self.refuse = lm, None, 0, 0, ""
+        self.restored = []
+        back = self.restored.append
+        self.generator = SimpleNamespace(clone_state=lambda: "spare", graphsafe_set_state=back)
 
-    def __getattribute__(self, name):
-        own = {"device": OnCuda.device, "__class__": OnCuda}
-        return own[name] if name in own else getattr(object.__getattribute__(self, "lm"), name)
+    def __getattr__(self, name):
+        return getattr(self.lm, name)
 
-    def __setattr__(self, name, value):
-        setattr(object.__getattribute__(self, "lm"), name, value)
+    @property
+    def __dict__(self):         # where one_token_graph takes its forward away
+        return self.lm.__dict__
 
+    @property
+    def forward(self):
+        honest = self.lm.forward
 
-class Graph:
-    """What torch.cuda.make_graphed_callables gives, without a GPU: it runs ahead while it captures, and a
-    replay reads and writes the tensors of the capture, no others."""
-    captured = replayed = 0
+        @functools.wraps(honest)
+        def forward(*args, **given):
+            if self.open is None:
+                return honest(*args, **given)
+            lengths = [layer.cumulative_length.clone() for layer in given["cache"].layers]
+            out = honest(*args, **given)
+            for layer, length in zip(given["cache"].layers, lengths):
+                layer.cumulative_length.copy_(length)
+            if self.refuse:
+                raise RuntimeError(self.refuse)
 
-    def __call__(self, run, inputs, num_warmup_iters):
-        self.captured += 1
-        for _ in range(num_warmup_iters):
-            run(*inputs)
-        out = run(*inputs)
+            def replay():
+                self.replayed += 1
+                out.logits.copy_(honest(*args, **given).logits)
+            self.open.replay = replay
+            return out
+        return forward
 
-        def replay(*given):
-            self.replayed += 1
-            for held, new in zip(inputs, given, strict=True):
-                if held is not new:
-                    held.copy_(new)
-            return out.copy_(run(*inputs))
-        return replay
+    @forward.setter
+    def forward(self, forward):
+        self.lm.forward = forward
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.open, self.captured = graph, self.captured + 1
+        try:
+            yield
+        finally:
+            self.open = None
 
 
 @pytest.fixture
-def as_on_cuda(demo, monkeypatch):
-    honest = igpo.one_token_graph
-    monkeypatch.setattr(igpo, "one_token_graph", lambda lm: honest(OnCuda(lm)))
-    yield monkeypatch
-    vars(demo.lm).pop("no_graph", None)
+def as_on_cuda(monkeypatch):
+    """A function that makes one_token_graph take this model for one on CUDA; it returns its Captures."""
+    honest, claimed = igpo.one_token_graph, []
+
+    def claim(lm):
+        claimed.append(Captures(lm))
+        monkeypatch.setattr(igpo, "one_token_graph", lambda lm: honest(claimed[-1]))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+        monkeypatch.setattr(torch.cuda, "graph", claimed[-1].graph)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        monkeypatch.setattr(torch.cuda, "default_generators", [claimed[-1].generator])
+        return claimed[-1]
+    return claim
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
@@ -570,42 +597,35 @@ def test_the_graph_changes_nothing(demo, positions, temperature, as_on_cuda, mon
     if positions == "learned":
         lm.generation_config.eos_token_id = list(range(0, len(demo.tokenizer), 20))
         monkeypatch.setattr(igpo, "parse_turn", lambda text: ("search", text + " founded"))
-    cfg, graph, ids = replace(demo.cfg, temperature=temperature), Graph(), []
-    for context in (igpo.one_token_graph, lambda lm: contextlib.nullcontext()):
-        as_on_cuda.setattr(igpo, "one_token_graph", context)
-        as_on_cuda.setattr(torch.cuda, "make_graphed_callables", graph)
+    cfg, ids = replace(demo.cfg, temperature=temperature), []
+    for on_cuda in (False, True):
+        captures = as_on_cuda(lm) if on_cuda else None
         torch.manual_seed(4)
         rollouts = rollout(lm, demo.tokenizer, demo.questions[:3], demo.search, cfg)
         ids.append([r.ids for r in rollouts])
-        assert "forward" not in vars(lm) and "prepare_inputs_for_generation" not in vars(lm)
+        assert "forward" not in vars(lm)
     turns = max(len(r.boundaries) for r in rollouts)
-    assert ids[0] == ids[1] and turns == 4 and 1 < graph.captured <= turns and graph.replayed > 10 * turns
+    assert ids[0] == ids[1] and turns == 4 and 1 < captures.captured <= turns
+    assert captures.replayed > 10 * turns
 
 
-@pytest.mark.parametrize("when", ["at once", "half way"])
-def test_without_a_graph_sampling_goes_on(demo, when, as_on_cuda, capsys):
+def test_without_a_graph_sampling_goes_on(demo, as_on_cuda, capsys):
     """A model that cannot be captured: said once, not tried again, and the ids are the same."""
-    few, tried = demo.questions[:4], []
-
-    def refuse(run, inputs, **_):
-        tried.append(1)
-        if when == "half way":
-            run(*inputs)
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-    as_on_cuda.setattr(torch.cuda, "make_graphed_callables", refuse)
-    torch.manual_seed(4)
-    found = rollout(demo.model, demo.tokenizer, few, demo.search, demo.cfg)
-    assert len(tried) == 1 and capsys.readouterr().out.count("not permitted") == 1
-    as_on_cuda.undo()
-    torch.manual_seed(4)
-    again = rollout(demo.model, demo.tokenizer, few, demo.search, demo.cfg)
-    assert [r.ids for r in found] == [r.ids for r in again]
+    few, found = demo.questions[:4], []
+    for on_cuda in (False, True):
+        captures = as_on_cuda(demo.lm) if on_cuda else SimpleNamespace()
+        captures.refuse = "operation not permitted when stream is capturing\nand more"
+        torch.manual_seed(4)
+        found.append(rollout(demo.model, demo.tokenizer, few, demo.search, demo.cfg))
+    assert [r.ids for r in found[0]] == [r.ids for r in found[1]]
+    assert captures.captured == 1 and captures.restored == ["spare"]
+    assert capsys.readouterr().out.count("not permitted") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_real_graph_changes_nothing_and_gives_its_memory_back(demo, monkeypatch):
     cfg, captured, held = replace(demo.cfg, temperature=0.0), [], []
-    capture, questions = torch.cuda.make_graphed_callables, demo.questions[:8]
+    capture, questions = torch.cuda.graph, demo.questions[:8]
 
     def allocated():
         torch._C._cuda_clearCublasWorkspaces()          # one for each stream that was ever used
@@ -615,12 +635,12 @@ def test_a_real_graph_changes_nothing_and_gives_its_memory_back(demo, monkeypatc
         def search_many(self, queries, k):
             held.append(allocated())
             return demo.search.search_many(queries, k)
-    counted = lambda *args, **options: (captured.append(1), capture(*args, **options))[1]
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", counted)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: (captured.append(1), capture(graph))[1])
+    rollout(demo.model, demo.tokenizer, questions, demo.search, cfg)        # what a first call sets up stays
     before = allocated()
     graphed = [rollout(demo.model, demo.tokenizer, questions, Watched(), cfg) for _ in range(5)]
     turns = len(held) // 5
-    assert len(captured) >= 10 and not getattr(demo.lm, "no_graph", False)
+    assert len(captured) >= 12 and not getattr(demo.lm, "no_graph", False)
     assert held[-turns:] == approx(held[:turns], abs=2**20) and allocated() == approx(before, abs=2**20)
     monkeypatch.setattr(igpo, "one_token_graph", lambda lm: contextlib.nullcontext())
     plain = rollout(demo.model, demo.tokenizer, questions, demo.search, cfg)
