@@ -329,7 +329,7 @@ def shape_of_1_5b():
 
 
 def test_memory_of_the_update_is_what_a_gpu_saw():
-    """Peaks of the update of Qwen2.5-1.5B on a H200, in GB, of rollouts of up to 1,487 tokens."""
+    """Peaks of the update of Qwen2.5-1.5B on an H200, in GB, of rollouts of up to 1,487 tokens."""
     model, cfg = shape_of_1_5b(), Config()
     for changed, seen in (({}, 5.6), ({"batch_tokens": 32_768}, 10.6),
                           ({"gradient_checkpointing": False}, 25.5)):

@@ -58,8 +58,7 @@ class Timed:
 
 
 class Trial:
-    """What the checks look at. It is made when first asked for, so a fault shows in the checks that it
-    concerns."""
+    """What the checks look at, made when first asked for: a fault shows in the checks that it concerns."""
 
     def __init__(self, cfg: Config, model, tokenizer, questions: list[dict], search):
         self.cfg, self.model, self.tokenizer, self.questions = cfg, model, tokenizer, questions
@@ -96,15 +95,13 @@ class Trial:
 
     @torch.no_grad()
     def plain(self, ids: list[int], targets: list[int]) -> torch.Tensor:
-        """log pi at these indices of a text, (len(targets), vocabulary), from one forward of the text
-        alone."""
+        """log pi (len(targets), vocabulary) at these indices of a text, from one forward of it alone."""
         logits = self.lm(torch.tensor([ids], device=self.lm.device)).logits[0, torch.tensor(targets) - 1]
         return (logits.float() / self.cfg.temperature).log_softmax(-1)
 
     @cached_property
     def oracle(self) -> list[tuple]:
-        """Of each rollout: log pi of its policy tokens; the mean and the variance of a sample's log pi
-        there."""
+        """Of each rollout: log pi of its policy tokens, and the mean and variance of a sample's there."""
         rows = []
         for r in self.rollouts:
             own = [j for j, m in enumerate(r.mask) if m]
@@ -227,8 +224,7 @@ def sampled_is_scored(t: Trial):
 
 
 def sampling(t: Trial):
-    """Are tokens drawn from the pi that is scored? Then the sum of their log pi has a known mean and
-    variance.
+    """Are tokens drawn from the pi that is scored? Then the sum of their log pi has a known mean and spread.
 
     A nearly deterministic policy gives itself away only where it is least sure: there DRAWS single tokens are
     drawn besides. That all are among the likeliest tokens, which hold C of the mass, has the probability
@@ -362,9 +358,9 @@ def searches(t: Trial):
 def findable(t: Trial):
     """Golds that no page need hold word for word (yes, no) do not count."""
     def share(pairs):
-        pairs = [(found, golds) for found, golds in pairs if not {"yes", "no"} & {g.lower() for g in golds}]
-        hits = [any(covers(f"{p.title} {p.text}", gold) for p in found for gold in golds)
-                for found, golds in pairs]
+        pairs = [(found, names) for found, names in pairs if not {"yes", "no"} & {n.lower() for n in names}]
+        hits = [any(covers(f"{p.title} {p.text}", name) for p in found for name in names)
+                for found, names in pairs]
         return mean(hits), f"{mean(hits):.0%} of {len(hits)}"
     alone, a = share([(found, q["answers"]) for found, q in zip(t.found, t.probes)])
     met, b = share([(sum(r.retrieved, []), q["answers"]) for r, q in zip(t.rollouts, t.asked)])
@@ -419,7 +415,7 @@ def signal(t: Trial):
     advantages = CREDITS.get(cfg.credit, igpo.recipe_credit)(
         beliefs=t.scored[1], outcomes=outcomes, cfg=cfg, model=t.model, tokenizer=t.tokenizer,
         rollouts=t.rollouts, asked=t.asked, search=t.search)
-    speak = sum(any(a for i in group for a in advantages[i]) for group in t.groups)
+    speak = sum(any(abs(a) > 0 for i in group for a in advantages[i]) for group in t.groups)    # not NaN
     differ = sum(igpo.std(outcomes[i] for i in group) > igpo.STD_FLOOR for group in t.groups)
     figure = (f"by --credit {cfg.credit} {speak} of {len(t.groups)} groups have something to learn from; "
               f"in {differ} the outcomes differ")

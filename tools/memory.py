@@ -22,7 +22,7 @@ Scoring: the keys and values of its M = 4 batch_tokens stay for the probes, and 
 Update: of its N = batch_tokens, each leaves K = 18 H + 4 s I bytes in a layer for the backward, and another
 P = 14 H + (4 + s) I come and go while the backward is in that layer.
 
-The numbers in it were counted tensor by tensor, on Qwen2 layers with LoRA in float32 and in bfloat16. A H200
+The numbers in it were counted tensor by tensor, on Qwen2 layers with LoRA in float32 and in bfloat16. An H200
 saw 5.6 GB in the update of Qwen2.5-1.5B with 8,192 tokens, 10.6 GB with 32,768, and 25.5 GB with 8,192 and no
 checkpointing; computed are 5.5, 11.9 and 26.8 GB. What is small or passes at once is left out, and so is what
 Python and CUDA take for themselves (about 0.5 GB).
@@ -182,6 +182,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--longest", type=int)
     own, options = parser.parse_known_args(argv)
+    if {"-h", "--help"} & set(options):
+        print(f"{__doc__}\n--longest: tokens of the longest rollout. All other options:\n")
     try:
         cfg = tool_config(options)
         model = skeleton(cfg)
