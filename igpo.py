@@ -24,7 +24,7 @@ Where we depart from the paper on purpose:
      its last turn. If the format breaks at turn 3, turns 1 and 2 keep their gains.
   5. --credit igpo, the default, is a normalisation of our own; igpo-v2 and igpo-v1 are the paper's (RECIPES).
 """
-import argparse, contextlib, json, math, os, random, re, signal, sys, time
+import argparse, contextlib, json, math, os, random, re, signal, sys, time, warnings
 from bisect import bisect_left, bisect_right
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial, wraps
@@ -35,7 +35,6 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -45,8 +44,8 @@ from transformers.generation import StopStringCriteria
 from transformers.utils.logging import disable_progress_bar
 from search_tool import (Results, SearchError, clean_query, exact_match, f1_score, first_line, load_questions,
                          open_search)
-
 disable_progress_bar()
+warnings.filterwarnings("ignore", category=FutureWarning)      # between the releases of peft and transformers
 
 # ---- configuration -----------------------------------------------------------------------------------------
 def option(default, text: str, least: float = -math.inf):
@@ -84,7 +83,7 @@ class Config:
     lora_rank: int = option(16, "LoRA rank, on all linear layers; alpha is twice the rank", 1)
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 on CUDA, else float32")
     rollout_batch: int = option(64, "rollouts generated at once", 1)
-    batch_tokens: int = option(8192, "padded tokens per forward in the update; scoring takes 4 times that", 1)
+    batch_tokens: int = option(8192, "padded tokens per forward in scoring and update", 1)
     gradient_checkpointing: bool = option(True, "recompute activations in the update: slower, less memory")
 
 # The embedded policy has 1M parameters and reads a page a turn. What it needs otherwise stands only here.
@@ -332,17 +331,21 @@ def one_token_graph(lm):
             return forward(ids, position_ids=at, attention_mask=mask, **rest)
         inputs = input_ids, position_ids, *(kinds.values() if kinds else [attention_mask])
         if "graph" in held:
-            held["out"].logits = held["graph"](*inputs)
+            for mine, new in zip(held["inputs"], inputs): mine.copy_(new)
+            held["graph"].replay()
             return held["out"]
-        held["out"] = run(*inputs)
+        out = run(*inputs)      # a first time without: what is set up at a first call cannot be captured
         if input_ids.shape[1] == 1 and not getattr(lm, "no_graph", False):
-            column, copies = int(rest["cache"].get_seq_length()), tuple(x.clone() for x in inputs)
-            try: held["graph"] = torch.cuda.make_graphed_callables(lambda *x: run(*x).logits, copies, 1)
+            held["inputs"], rng = [x.clone() for x in inputs], torch.cuda.default_generators[lm.device.index]
+            graph, spare, stream = torch.cuda.CUDAGraph(), rng.clone_state(), torch.cuda.current_stream()
+            try:
+                with torch.cuda.stream(stream), torch.cuda.graph(graph): held["out"] = run(*held["inputs"])
+                held["graph"] = graph
             except Exception as e:
+                rng.graphsafe_set_state(spare)      # its state is useless after a capture that failed
                 lm.no_graph = True
                 tqdm.write(f"note: no CUDA graph of {type(lm).__name__} ({first_line(e)}): sampling is slow")
-            for layer in rest["cache"].layers: layer.cumulative_length.fill_(column)      # capturing counts
-        return held["out"]
+        return out
     if lm.device.type == "cuda": lm.forward = step
     try: yield
     finally: vars(lm).pop("forward", None)
@@ -405,7 +408,7 @@ def token_logps(lm, rollouts: list[Rollout], temperature: float, schema: list = 
     with arithmetic(lm):
         cache = DynamicCache() if golds else None
         hidden = lm.base_model(input_ids=ids, cache=cache, use_cache=bool(golds))[0]               # (B, L, H)
-        hidden, targets = hidden[:, :-1][mask[:, 1:]], ids[mask]      # a token is told by the one before it
+        pairs = [(hidden[:, :-1][mask[:, 1:]], ids[mask])]      # a token is told by the one before it
         if golds:
             each = [(r.boundaries, [*schema, *gold]) for r, gold in zip(rollouts, golds)]
             probes = right(probe * len(boundaries) for boundaries, probe in each)                  # (B, P)
@@ -416,15 +419,13 @@ def token_logps(lm, rollouts: list[Rollout], temperature: float, schema: list = 
             more = lm.base_model(input_ids=probes, position_ids=start + offset, cache=cache, use_cache=True,
                                  attention_mask=torch.cat([before, own], 2)[:, None])[0]
             asked = (offset >= len(schema)) & (start > 0)              # padding starts nowhere
-            hidden = torch.cat([hidden, more[:, :-1][asked[:, 1:]]])
-            targets = torch.cat([targets, probes[asked]])
-        def score_chunk(h, t):
+            pairs += [(more[:, :-1][asked[:, 1:]], probes[asked])]
+        def of_chunk(h, t):
             logits = lm.get_output_embeddings()(h).float() / (temperature or 1.0)
             return logits.gather(-1, t[:, None])[:, 0] - logits.logsumexp(-1)
         # Only targets pass the head, in chunks that the backward computes anew: (L, vocabulary) never exists.
-        again = partial(checkpoint, score_chunk, use_reentrant=False)
-        chunks = hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)
-        logps = torch.cat([*map(again if torch.is_grad_enabled() else score_chunk, *chunks)])
+        call = partial(checkpoint, of_chunk, use_reentrant=False) if torch.is_grad_enabled() else of_chunk
+        logps = torch.cat([call(*c) for pair in pairs for c in zip(*(x.split(HEAD_CHUNK) for x in pair))])
     sizes = [sum(r.mask) for r in rollouts] + [len(r.boundaries) * len(g) for r, g in zip(rollouts, golds)]
     parts = list(logps.split(sizes))
     return parts[:len(rollouts)], [x.view(-1, len(gold)) for x, gold in zip(parts[len(rollouts):], golds)]
@@ -443,8 +444,8 @@ def score(model, tokenizer, rollouts: list[Rollout], golds: list | None, cfg: Co
     pi of what the policy wrote; b_0 .. b_{T-1}, the mean log pi of the tokens of golds[i][0] (Eq. 3)."""
     schema, golds = encode(tokenizer, SCHEMA), [encode_gold(tokenizer, gold) for gold in golds or []]
     logps, beliefs = [None] * len(rollouts), [[] for _ in rollouts]
-    # Nothing is kept for a backward, so there is room for more tokens at once than in the update.
-    for batch in by_tokens([len(r.ids) for r in rollouts], 4 * cfg.batch_tokens):
+    # In the batches of the update: in bf16 others would give other roundings, and ratios that are not 1.
+    for batch in by_tokens([len(r.ids) for r in rollouts], cfg.batch_tokens):
         found = token_logps(unwrap(model), [rollouts[i] for i in batch], cfg.temperature, schema,
                             [golds[i] for i in batch if golds])
         for i, logp in zip(batch, found[0]): logps[i] = logp
@@ -594,7 +595,7 @@ def record(tokenizer, r: Rollout, question: dict, beliefs, outcome, advantages, 
     at = lambda values, t: values[t] if values and t < len(values) else None
     for t, (start, end) in enumerate(zip(r.boundaries, [*r.boundaries[1:], len(r.ids)])):
         text = tokenizer.decode([i for i, m in zip(r.ids[start:end], r.mask[start:end]) if m])
-        found = at(r.retrieved, t) or Results()
+        found = dict(enumerate(r.retrieved)).get(t, Results())      # one that failed is falsy
         turns.append({"text": text, "query": at(r.queries, t), "error": found.error, "cached": found.cached,
                      "passages": [*map(asdict, found)], "gain": at(gains, t), "advantage": at(advantages, t)})
     kept = {k: question[k] for k in ("id", "question", "answers", "supporting", "hops") if k in question}
@@ -661,8 +662,7 @@ def train(cfg: Config, credit=recipe_credit) -> Path:
     elif RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n", encoding="utf-8")
-    print(f"{model.num_parameters(True) / 1e6:.2f}M LoRA parameters, {model.dtype} on {model.device.type}, "
-          f"{len(questions)} questions. Results go to {out}.", flush=True)
+    print(f"{model.num_parameters(True) / 1e6:.2f}M LoRA parameters, {model.dtype} on {model.device}")
     try:
         for step in tqdm(range(len(history), cfg.steps + 1), unit="step", disable=True if RANK else None):
             row, records = {"step": step}, []
@@ -679,8 +679,8 @@ def train(cfg: Config, credit=recipe_credit) -> Path:
     except BaseException as e:
         print(f"stopped: {first_line(e)}. What was done is saved; go on with: python igpo.py --resume {out}")
         raise
-    print("Done. Dev F1 by step:", *(f"{r['step']}: {r['eval_f1']:.3f}" for r in history if "eval_f1" in r))
-    print(f"Adapters: {out}/checkpoint (last) and {out}/best. Next: python eval.py --adapter {out}/best")
+    print("Done. Dev F1 by step:", *[f"{r['step']}: {r['eval_f1']:.3f}" for r in history if "eval_f1" in r] or "-")
+    print(f"Next: python eval.py --adapter {out}/{'best' if (out / 'best').is_dir() else 'checkpoint'}")
     return out
 
 def summary(row: dict) -> str:
@@ -726,7 +726,7 @@ def save_step(out: Path, model, optimizer, history: list[dict], records: list[di
                  "adapter": {name: p for name, p in model.named_parameters() if p.requires_grad}}
         torch.save({**state, "optimizer": optimizer.state_dict()}, out / "checkpoint" / "state.part")
         os.replace(out / "checkpoint" / "state.part", out / "checkpoint" / "state.pt")
-    except (OSError, RuntimeError, SafetensorError) as e:      # a full disk, as each library tells it
+    except Exception as e:      # a full disk, as each library tells it
         raise UserError(f"step {step} cannot be saved in {out}: {first_line(e)}") from None
 
 def load_checkpoint(out: Path, model, optimizer) -> list[dict]:
