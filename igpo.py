@@ -83,7 +83,7 @@ class Config:
     lora_rank: int = option(16, "LoRA rank, on all linear layers; alpha is twice the rank", 1)
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 on CUDA, else float32")
     rollout_batch: int = option(64, "rollouts generated at once", 1)
-    batch_tokens: int = option(8192, "padded tokens per forward in scoring and update", 1)
+    batch_tokens: int = option(16384, "padded tokens per forward in scoring and update", 1)
     gradient_checkpointing: bool = option(True, "recompute activations in the update: slower, less memory")
 
 # The embedded policy has 1M parameters and reads a page a turn. What it needs otherwise stands only here.
@@ -679,7 +679,7 @@ def train(cfg: Config, credit=recipe_credit) -> Path:
     except BaseException as e:
         print(f"stopped: {first_line(e)}. What was done is saved; go on with: python igpo.py --resume {out}")
         raise
-    print("Done. Dev F1 by step:", *[f"{r['step']}: {r['eval_f1']:.3f}" for r in history if "eval_f1" in r] or "-")
+    print("Done. Dev F1 by step:", *(f"{r['step']}: {r['eval_f1']:.3f}" for r in history if "eval_f1" in r))
     print(f"Next: python eval.py --adapter {out}/{'best' if (out / 'best').is_dir() else 'checkpoint'}")
     return out
 

@@ -11,8 +11,7 @@ bf16). A random model closes no tag, so each turn is ended after 60 to 140 token
   decode    milliseconds per decoding step of one turn of all rows, all included (reading the prompt, capturing), beside the same
             by `generate` as it comes: a cache that grows, no graph, the adapter as PEFT keeps it
   parts     of that decoding step: the replay of the graph alone, and what is left around it
-  score     with the beliefs and without them
-  update    at other --batch_tokens, and without recomputing
+  score     with the beliefs and without them, and the update, at several --batch_tokens
   ids       with the graph and without it, same seed: the share of rollouts that are equal
   memory    the peak beside what tools/memory.py computes for this run
   capture   a model whose forward cannot be captured goes on without a graph
@@ -46,6 +45,7 @@ from tools.memory import memory_card
 SHAPES = {  # hidden, layers, heads, key heads, MLP, vocabulary
     "qwen2.5-1.5b": (1536, 28, 12, 2, 8960, 151_936), "tiny": (64, 2, 4, 2, 128, 1503)}
 CUDA = torch.cuda.is_available()
+BATCHES = (8192, 16_384, 24_576) if CUDA else ()
 
 
 def clock() -> float:
@@ -178,22 +178,20 @@ def measure(shape: str, cfg: igpo.Config, forced_turn: tuple[int, int], prompt: 
     print(f"memory: longest rollout {longest} tokens, {sum(len(r.ids) for r in rollouts):,} in all; peak {found['peak_gb']:.2f} GB, computed "
           f"{found['peak_computed_gb']:.2f} GB for this length, {memory_card(model, cfg)['peak'] / 2**30:.2f} GB at most")
 
-    times = {"with": [], "without": []}
-    for _ in range(4):      # the first of each warms up
-        times["with"].append(timed(lambda: igpo.score(model, tokenizer, rollouts, golds, cfg))[0])
-        times["without"].append(timed(lambda: igpo.score(model, tokenizer, rollouts, None, cfg))[0])
-    scored = {name: min(seconds[1:]) for name, seconds in times.items()}
-    found["belief_share"] = (scored["with"] - scored["without"]) / found["step_s"]
-    print(f"score: {scored['with']:.3f} s with beliefs, {scored['without']:.3f} s without: {found['belief_share']:.1%} of a step")
-
     old, _ = igpo.score(model, tokenizer, rollouts, None, cfg)
     advantages = [[0.1] * len(r.boundaries) for r in rollouts]
-    for name, changed in (("as above", cfg), ("32,768 tokens a forward", replace(cfg, batch_tokens=4 * cfg.batch_tokens))):
+    for tokens in dict.fromkeys((cfg.batch_tokens, *BATCHES)):
+        changed = replace(cfg, batch_tokens=tokens)
+        seconds = {what: min(timed(lambda: igpo.score(model, tokenizer, rollouts, golds_or_none, changed))[0] for _ in range(2))
+                   for what, golds_or_none in (("with", golds), ("without", None))}
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
-        seconds = min(timed(lambda: igpo.update(model, optimizer, rollouts, old, old, advantages, changed))[0] for _ in range(2))
+        learned = min(timed(lambda: igpo.update(model, optimizer, rollouts, old, old, advantages, changed))[0] for _ in range(2))
         peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0
-        print(f"update, {name}: {seconds:.2f} s, peak {peak:.2f} GB", flush=True)
+        share = (seconds["with"] - seconds["without"]) / found["step_s"]
+        found.setdefault("belief_share", share)
+        print(f"{tokens:,} tokens a forward: score {seconds['with']:.2f} s, {seconds['without']:.2f} s without beliefs (these are {share:.1%} of a "
+              f"step); update {learned:.2f} s, peak {peak:.2f} GB", flush=True)
     optimizer.zero_grad(set_to_none=True)
 
     length = 128 if CUDA else 24
@@ -206,19 +204,21 @@ def measure(shape: str, cfg: igpo.Config, forced_turn: tuple[int, int], prompt: 
     replay = replay_ms(lm, with_graph, length)
     print(f"decode, {len(with_graph)} rows, prompt {prompt}, {length} tokens: {found['decode_ms']:.2f} ms a step, all included; plain generate "
           f"{plain / length * 1000:.2f} ms: {found['decode_vs_generate']:.1f} times faster. Of it the replay takes {replay:.2f} ms")
+    short = max(8, length // 4)
+    with_graph = new_turn(model, tokenizer, forced, cfg, short)
     lm.no_graph = True
-    without, without_graph = timed(turn)
+    without, without_graph = timed(lambda: new_turn(model, tokenizer, forced, cfg, short))
     del lm.no_graph
     equal = sum(a.ids == b.ids for a, b in zip(with_graph, without_graph)) / len(with_graph)
-    print(f"ids with and without the graph, same seed: {equal:.0%} of {len(with_graph)} rollouts equal; without it {without / length * 1000:.1f} ms a step")
+    print(f"ids with and without the graph, same seed: {equal:.0%} of {len(with_graph)} rollouts equal; without it {without / short * 1000:.1f} ms a step")
 
     if CUDA:      # a forward that asks the GPU for a number cannot be captured
         asking = lm.model.layers[0].register_forward_hook(lambda module, args, out: torch.sum(args[0]).item() and None)
         refused = new_turn(model, tokenizer, forced, cfg, 8)
         asking.remove()
-        del lm.no_graph
+        print(f"a forward that cannot be captured: {'went on without' if vars(lm).pop('no_graph', False) else 'was captured'}")
         again = new_turn(model, tokenizer, forced, cfg, 8)
-        print(f"a forward that cannot be captured: went on, {sum(a.ids == b.ids for a, b in zip(refused, again))} of {len(again)} rollouts as with a graph")
+        print(f"after that a graph again, {sum(a.ids == b.ids for a, b in zip(refused, again))} of {len(again)} rollouts equal")
     return found
 
 
@@ -263,8 +263,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=10, help="when to stop (--compare)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs (--compare)")
     args, rest = parser.parse_known_args(argv)
+    warm = torch.zeros(1, device="cuda" if CUDA else "cpu")
+    launch = timed(lambda: [warm.add_(1) for _ in range(10_000)])[0] * 100
     device = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{device}; python {platform.python_version()}, " + ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft)))
+    print(f"{device}; python {platform.python_version()}, " + ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft))
+          + f"; an operation on one number takes {launch:.1f} µs, launch and all")
     if args.compare:
         return compare(args, rest)
     if rest:
