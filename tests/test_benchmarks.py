@@ -5,6 +5,8 @@ import json
 import math
 import os
 import random
+import re
+import subprocess
 import sys
 from dataclasses import asdict, replace
 
@@ -12,7 +14,8 @@ import pytest
 import torch
 
 import igpo
-from benchmarks import common, evidence, real_text
+from benchmarks import common, demo_diagnostics, evidence, real_text, speed
+from demo import make
 from search_tool import BM25, Passage, load_questions
 from tools import warm_start
 from tools.metrics import read_jsonl
@@ -114,7 +117,7 @@ def test_evidence_runs_and_refuses_other_settings(place, monkeypatch):
     with open(place / "benchmarks/evidence_final.csv", newline="") as file:
         row, = csv.DictReader(file)
     assert (row["regime"], row["setting"], row["seed"]) == ("dense", "gigpo", "5")
-    assert row["commit"] == common.commit()
+    assert row["commit"] != "e026da0"
     monkeypatch.setattr(evidence, "RUN", {**evidence.RUN, "gigpo": {"credit": "gigpo", "lr": 0.1}})
     for work in (lambda: evidence.run(job), lambda: evidence.tables(runs, keep=False)):
         with pytest.raises(SystemExit, match=r"other settings \(lr 0.0005, now 0.1\)"):
@@ -189,7 +192,7 @@ def test_script_looks_up_what_has_been_named(policy):
     """Oss stands in the question, and Tavo Lund on its page: so in this order, whatever that of the data."""
     r, text = script(policy, "Where was the founder of Oss born?", ["Tavo Lund", "Oss (town)"])
     assert r.queries == ["Oss", "Tavo Lund"] and (r.stop, r.answer) == ("answer", "Yardby")
-    first = "<think>\nI need to find out about Oss.\n</think>\n<search>\nOss\n</search>\n<information>\n(1) Oss"
+    first = "<think>\nI need to find out about Oss.\n</think>\n<search>\nOss\n</search>\n<information>\n"
     assert first in text and text.endswith(f"<think>{igpo.SCHEMA}Yardby\n</answer>")
     own = policy[1].decode([i for i, m in zip(r.ids, r.mask) if m])
     assert own.count("</search>") == 2 and "information>" not in own and len(r.boundaries) == 3
@@ -236,3 +239,38 @@ def test_warm_start_of_the_demo(tmp_path, capsys):
     assert torch.allclose(logps[0], logps[1], atol=1e-4) and not torch.allclose(logps[0], logps[2], atol=0.1)
     assert warm_start.main([*options, "--out", str(out)]) == 2                  # it exists
     assert "exists" in capsys.readouterr().err
+
+# ---- speed -------------------------------------------------------------------------------------------------
+def test_obvious_forms_give_the_same(policy):
+    """speed.py's belief and rollout, which assert it, in a small size; a ratio by hand."""
+    row = speed.measure_belief(*policy, (3, 5, 8), 2, 1)
+    assert row["tokens"] == 300 + 3 * 5 + 2 * 8 and len(row["naive / ours"]) == 3
+    assert speed.measure_rollout(*policy, 2, 1, 2, 1)["same ids"] == "100%"
+    assert speed.ratio([1.0, 6.0, 2.0], [1.0, 2.0, 1.0]) == [1.0, 2.0, 3.0]
+    assert speed.written(["a", "b"], [["x", [1.0, 2.0, 3.0]]])[2] == "| x | 1.00 – **2.00** – 3.00 |"
+
+@pytest.mark.skipif(not LONG, reason="IGPO_LONG is not set")
+def test_speed_from_end_to_end(tmp_path):
+    python = [sys.executable, "-m", "benchmarks.speed"]
+    ran = subprocess.run([*python, "--quick"], capture_output=True, text=True, cwd=ROOT, check=True)
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["belief_vs_naive"] > 3 and found["belief_vs_plain"] < 2 and found["rollout_vs_reread_8"] > 1.5
+    assert found["update_peak_vs_naive"] < 1 / 3 and found["padding"] < 0.1
+    # beside itself: the same rollouts, and about the same time
+    ran = subprocess.run([*python, "--old", str(ROOT), "--repetitions", "2", "--out", str(tmp_path)],
+                         capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "the same rollouts on both sides" in (tmp_path / "speed_old.md").read_text()
+    assert 0.7 < float(re.search(r"\| all .*\*\*(.*)\*\*", ran.stdout)[1]) < 1.4
+
+@pytest.mark.skipif(not LONG, reason="IGPO_LONG is not set")
+def test_diagnostics_of_a_few_questions():
+    """What benchmarks.demo_diagnostics finds on the paths is what stands in demo/diagnostics.json."""
+    world = make.World(0)
+    questions = world.questions("dev", make.SIZES["dev"])
+    found = demo_diagnostics.diagnose("demo/policy", questions, world, samples=2)
+    known = json.loads((ROOT / "demo/diagnostics.json").read_text())
+    for path in ("gold_path", "wrong_path"):
+        for hops, beliefs in found[path].items():
+            assert beliefs == pytest.approx(known[path][str(hops)], abs=1e-3)
+    assert found["guess"] == known["guess"]
+    assert all(found["f1"][k]["greedy"] == known["f1"][str(k)]["greedy"] for k in (2, 3, 4, "all"))
