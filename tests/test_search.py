@@ -146,7 +146,8 @@ def nasty(rng):
 # Text
 
 def test_docstring_examples():
-    assert doctest.testmod(search_tool) == (0, 3)
+    results = doctest.testmod(search_tool)
+    assert results.attempted >= 3 and results.failed == 0
 
 
 def test_clean_text_properties():
