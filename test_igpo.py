@@ -507,7 +507,7 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(demo, positions, monke
         lm = tiny_gpt2(demo)
         lm.generation_config.eos_token_id = list(range(0, len(demo.tokenizer), 20))
         monkeypatch.setattr(igpo, "parse_turn", lambda text: ("search", text + " founded"))
-    greedy, few = replace(demo.cfg, temperature=0.0, group=2), demo.questions[:4]
+    greedy, few = replace(demo.cfg, temperature=0.0, group=2, max_turns=3), demo.questions[:3]
     lengths = [len(encode_prompt(demo.tokenizer, q["question"])) for q in few]
     alone = rollout(lm, demo.tokenizer, few, demo.search, replace(greedy, rollout_batch=1))
     read, shape = [], lambda args, kwargs: tuple((args[0] if args else kwargs["input_ids"]).shape)
@@ -516,7 +516,7 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(demo, positions, monke
     together = rollout(lm, demo.tokenizer, few, demo.search, greedy)
     hook.remove()
     assert [r.ids for r in together] == [r.ids for r in alone] and len(set(lengths)) > 2
-    assert read[:2] == [(4, max(lengths) - 1), (8, 1)] and max(len(r.boundaries) for r in alone) > 2
+    assert read[:2] == [(3, max(lengths) - 1), (6, 1)] and max(len(r.boundaries) for r in alone) > 2
     assert len({len(r.ids) - r.boundaries[0] for r in alone}) > 1
 
 

@@ -163,7 +163,7 @@ def test_any_text_can_be_question_and_gold(demo, small, tmp_path):
     rows = [{"id": "same", "question": text, "answers": [text, "Tavo"]} for text in TEXTS.values()]
     data, out, n = jsonl(tmp_path / "q.jsonl", *map(json.dumps, rows)), tmp_path / "x", len(TEXTS)
     given = dict(data=small, train=data, dev=data, questions=n, group=2, max_turns=2, max_new_tokens=8,
-                 eval_every=2)
+                 eval_every=0)
     argv = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     assert igpo.main([*argv, "--steps", "1", "--out", str(out)]) == 0
     before = rows_of(out, "rollouts.jsonl")

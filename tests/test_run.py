@@ -81,7 +81,7 @@ def test_the_adapter_is_peft_s_own(run, demo):
         merged = PeftModel.from_pretrained(again, run / "checkpoint").merge_and_unload()(ids).logits
         read = ours(ids.to(ours.device)).logits.cpu()
     assert (before - tuned).abs().max() > 1e-4
-    assert torch.allclose(tuned, merged, atol=1e-4) and torch.allclose(tuned, read, atol=1e-4)
+    assert torch.allclose(tuned, merged, atol=1e-4) and torch.allclose(tuned, read, atol=1e-3)
     saved = {name.replace(".default", ""): p.cpu() for name, p in state_of(run)["adapter"].items()}
     adapter = adapter_of(run)
     assert set(saved) == set(adapter) and all(torch.equal(adapter[name], saved[name]) for name in saved)
