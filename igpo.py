@@ -83,7 +83,7 @@ class Config:
     lora_rank: int = option(16, "LoRA rank, on all linear layers; alpha is twice the rank", 1)
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 on CUDA, else float32")
     rollout_batch: int = option(64, "rollouts generated at once", 1)
-    batch_tokens: int = option(16384, "padded tokens per forward in scoring and update", 1)
+    batch_tokens: int = option(24576, "padded tokens per forward in scoring and update", 1)
     gradient_checkpointing: bool = option(True, "recompute activations in the update: slower, less memory")
 
 # The embedded policy has 1M parameters and reads a page a turn. What it needs otherwise stands only here.

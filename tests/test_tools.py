@@ -305,9 +305,11 @@ def test_memory_card_by_hand(capsys):
     # The longest rollout: 300 + 2 * 10 + (20 + 20) = 360. Keys and values of 4 in 2 layers: 64 bytes each.
     # Results of 40 tokens pass the MLP, 16 * 24 bytes each; for all heads keys and values are 64 bytes each.
     assert card["rollouts"] == 3 * (64 * 360 + max(16 * 24 * 40, 64 * 360))
-    assert card["scoring"] == 1440 * (64 + 16 * 24)             # 4 rollouts are all there is: less than 2,000
+    assert card["scoring"] == 500 * (64 + 16 * 24)
+    # 4 rollouts are all there is: 1,440 tokens, less than these.
+    assert memory_card(model, replace(cfg, batch_tokens=2000))["scoring"] == 1440 * (64 + 16 * 24)
     assert card["update"] == 2 * 500 * (18 * 8 + 16 * 16) + max(500 * (14 * 8 + 8 * 16), 16 * 256 * 10)
-    assert card["peak"] == card["weights"] + card["adapter"] + card["scoring"]
+    assert card["peak"] == card["weights"] + card["adapter"] + card["update"]
     again = memory_card(model, replace(cfg, gradient_checkpointing=True))
     assert again["update"] == 2 * 500 * 8 * 4 + 500 * (32 * 8 + 24 * 16)
     # Of 100 tokens: the cache has room for a turn more, results are a turn's share, batches are 4 rollouts.
@@ -328,15 +330,15 @@ def shape_of_1_5b():
         return get_peft_model(lm.to(torch.bfloat16), LoraConfig(r=16, target_modules="all-linear"))
 
 
-def test_memory_of_the_update_is_what_a_gpu_saw():
-    """Peaks of the update of Qwen2.5-1.5B on an H200, in GB, of rollouts of up to 1,487 tokens."""
-    model, cfg = shape_of_1_5b(), Config()
-    for changed, seen in (({}, 5.6), ({"batch_tokens": 32_768}, 10.6),
-                          ({"gradient_checkpointing": False}, 25.5)):
-        card = memory_card(model, replace(cfg, **changed), 1487)
-        assert card["weights"] + card["adapter"] + card["update"] == pytest.approx(seen * 1e9, rel=0.25)
-    at_most, as_seen = memory_card(model, cfg), memory_card(model, cfg, 1487)
-    assert as_seen["rollouts"] < at_most["rollouts"] and as_seen["peak"] < 10e9 < at_most["peak"]
+def test_memory_is_what_a_gpu_saw():
+    """Peaks of Qwen2.5-1.5B's shape on an H200, docs/gpu.md: of the update, and of a whole step."""
+    model, cfg, gib = shape_of_1_5b(), Config(), 2**30
+    for tokens, update, step in ((8192, 5.26, None), (16_384, 7.21, 7.21), (24_576, 9.17, None)):
+        card = memory_card(model, replace(cfg, batch_tokens=tokens), 1554)
+        assert card["weights"] + card["adapter"] + card["update"] == pytest.approx(update * gib, rel=0.1)
+        assert step is None or card["peak"] == pytest.approx(step * gib, rel=0.25)
+    at_most = memory_card(model, cfg)
+    assert card["rollouts"] < at_most["rollouts"] and card["peak"] < 10 * gib < at_most["peak"]
 
 
 class Live(TorchDispatchMode):

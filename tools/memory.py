@@ -11,21 +11,20 @@ at most T tokens:
     weights    each at its own size
     adapter    4 times the LoRA parameters: they, their gradient, two moments of AdamW
     rollouts   rollout_batch (2 L D s C + max(4 s (H + I) X, 2 s H C))
-    scoring    M (2 L D s + 4 s (H + I))
+    scoring    N (2 L D s + 4 s (H + I))
     update     N L s H + max(N (K + P), 16 HEAD_CHUNK V)    with gradient checkpointing
                N L K + max(N P, 16 HEAD_CHUNK V)            without it
     peak       weights + adapter + the largest of the three
 
 Rollouts: C columns of the cache hold a rollout and a turn to come. X tokens of search results are read at
 once; largest then is the MLP, or the attention, for which keys and values are repeated for all heads.
-Scoring: the keys and values of its M = 4 batch_tokens stay for the probes, and one layer is at work.
-Update: of its N = batch_tokens, each leaves K = 18 H + 4 s I bytes in a layer for the backward, and another
+Scoring: the keys and values of its N = batch_tokens stay for the probes, and one layer is at work.
+Update: each of its N tokens leaves K = 18 H + 4 s I bytes in a layer for the backward, and another
 P = 14 H + (4 + s) I come and go while the backward is in that layer.
 
-The numbers in it were counted tensor by tensor, on Qwen2 layers with LoRA in float32 and in bfloat16. An H200
-saw 5.6 GB in the update of Qwen2.5-1.5B with 8,192 tokens, 10.6 GB with 32,768, and 25.5 GB with 8,192 and no
-checkpointing; computed are 5.5, 11.9 and 26.8 GB. What is small or passes at once is left out, and so is what
-Python and CUDA take for themselves (about 0.5 GB).
+The numbers in it were counted tensor by tensor, on Qwen2 layers with LoRA in float32 and in bfloat16; docs/
+gpu.md has what an H200 saw beside what is computed. What is small or passes at once is left out, and so is
+what Python and CUDA take for themselves (about 0.5 GB).
 """
 import argparse
 import math
@@ -100,14 +99,14 @@ def memory_card(model, cfg: Config, tokens: int | None = None) -> dict[str, int]
     C = min(T + cfg.max_new_tokens, max(T, longest))
     X = min(block, T // cfg.max_turns) if searches else 0       # a turn cannot have all of a rollout
     in_step = cfg.questions * cfg.group * T                     # nor a batch more than a step
-    N, M = (min(max(n * cfg.batch_tokens, T), in_step) for n in (1, 4))
+    N = min(max(cfg.batch_tokens, T), in_step)
     K, P, head = 18 * H + 4 * s * I, 14 * H + (4 + s) * I, 16 * HEAD_CHUNK * V
     stays, passes = (s * H, K + P) if cfg.gradient_checkpointing else (K, P)
     size = {True: 0, False: 0}                                  # by whether it is trained
     for p in model.parameters():
         size[p.requires_grad] += p.numel() * p.element_size()
     phases = {"rollouts": cfg.rollout_batch * (2 * L * D * s * C + max(4 * s * (H + I) * X, 2 * s * H * C)),
-              "scoring": M * (2 * L * D * s + 4 * s * (H + I)),
+              "scoring": N * (2 * L * D * s + 4 * s * (H + I)),
               "update": N * L * stays + max(N * passes, head)}
     card = {"weights": size[False], "adapter": 4 * size[True], **phases}
     return {**card, "peak": card["weights"] + card["adapter"] + max(phases.values())}
@@ -161,7 +160,7 @@ def memory_table(model, cfg: Config, free: int, tokens: int | None = None) -> st
     cards = [memory_card(model, cfg, longest) for longest in columns.values()]
     notes = {"adapter": "with its gradient and AdamW's moments",
              "rollouts": f"--rollout_batch {cfg.rollout_batch}",
-             "scoring": f"4 times --batch_tokens {cfg.batch_tokens}",
+             "scoring": f"--batch_tokens {cfg.batch_tokens}",
              "update": f"--batch_tokens {cfg.batch_tokens}, recomputing" if cfg.gradient_checkpointing else
                        f"--batch_tokens {cfg.batch_tokens}",
              "peak": "weights, adapter, and the largest of the three"}
