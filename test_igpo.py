@@ -313,10 +313,12 @@ def demo():
 @pytest.fixture(scope="session")
 def played(demo):
     """(rollouts, golds): four questions, three rollouts each, ragged in turns and length."""
-    torch.manual_seed(2)
-    rollouts = rollout(demo.model, demo.tokenizer, demo.questions[:4], demo.search, demo.cfg)
-    assert len({len(r.boundaries) for r in rollouts}) > 2 and {r.stop for r in rollouts} > {"answer"}
-    return rollouts, [q["answers"] for q in demo.questions[:4] for _ in range(3)]
+    for seed in range(2, 20):       # a GPU draws other numbers
+        torch.manual_seed(seed)
+        rollouts = rollout(demo.model, demo.tokenizer, demo.questions[:4], demo.search, demo.cfg)
+        if len({len(r.boundaries) for r in rollouts}) > 2 and {r.stop for r in rollouts} > {"answer"}:
+            return rollouts, [q["answers"] for q in demo.questions[:4] for _ in range(3)]
+    pytest.fail("no ragged rollouts: the tests that use them would see too little")
 
 
 def own_tokens(r, t=None):
@@ -576,6 +578,8 @@ class Captures:
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """A function that makes one_token_graph take this model for one on CUDA; it returns its Captures."""
+    if torch.cuda.is_available():
+        pytest.skip("the real graph is tested")
     honest, claimed = igpo.one_token_graph, []
 
     def claim(lm):
