@@ -164,7 +164,7 @@ def measure(shape: str, cfg: igpo.Config, forced_turn: tuple[int, int], prompt: 
         rows.append(row)
         print(f"step {step}: {row['seconds']:.2f} s = rollouts {row['seconds_rollout']:.2f} + score and reference "
               f"{row['seconds_score']:.2f} + update {row['seconds_update']:.2f}; {row['policy_tokens']:,} policy tokens, ratio_start "
-              f"{row['ratio_start']:.4f}, peak {row['peak_gb']:.2f} GB, left behind {row['left_mb']:.1f} MB", flush=True)
+              f"{row['ratio_start']:.4f}, peak {row['peak_gb']:.2f} GiB, left behind {row['left_mb']:.1f} MB", flush=True)
     rest = rows[1:] or rows
     mean = lambda key: sum(row[key] for row in rest) / len(rest)
     found.update(step_s=mean("seconds"), rollout_s=mean("seconds_rollout"), score_s=mean("seconds_score"),
@@ -175,8 +175,8 @@ def measure(shape: str, cfg: igpo.Config, forced_turn: tuple[int, int], prompt: 
     rollouts = igpo.rollout(model, tokenizer, questions, forced, cfg)
     longest, golds = max(len(r.ids) for r in rollouts), [["Tavo Velmar"]] * len(rollouts)
     found["peak_computed_gb"] = memory_card(model, cfg, tokens=longest)["peak"] / 2**30
-    print(f"memory: longest rollout {longest} tokens, {sum(len(r.ids) for r in rollouts):,} in all; peak {found['peak_gb']:.2f} GB, computed "
-          f"{found['peak_computed_gb']:.2f} GB for this length, {memory_card(model, cfg)['peak'] / 2**30:.2f} GB at most")
+    print(f"memory: longest rollout {longest} tokens, {sum(len(r.ids) for r in rollouts):,} in all; peak {found['peak_gb']:.2f} GiB, computed "
+          f"{found['peak_computed_gb']:.2f} GiB for this length, {memory_card(model, cfg)['peak'] / 2**30:.2f} GiB at most")
 
     old, _ = igpo.score(model, tokenizer, rollouts, None, cfg)
     advantages = [[0.1] * len(r.boundaries) for r in rollouts]
@@ -191,7 +191,7 @@ def measure(shape: str, cfg: igpo.Config, forced_turn: tuple[int, int], prompt: 
         share = (seconds["with"] - seconds["without"]) / found["step_s"]
         found.setdefault("belief_share", share)
         print(f"{tokens:,} tokens a forward: score {seconds['with']:.2f} s, {seconds['without']:.2f} s without beliefs (these are {share:.1%} of a "
-              f"step); update {learned:.2f} s, peak {peak:.2f} GB", flush=True)
+              f"step); update {learned:.2f} s, peak {peak:.2f} GiB", flush=True)
     optimizer.zero_grad(set_to_none=True)
 
     length = 128 if CUDA else 24
