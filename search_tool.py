@@ -20,7 +20,6 @@ Retrieved text is hostile. Titles and texts come back as one bounded line, witho
 characters. The `id` is given as it came, for comparing: never show it to a model.
 """
 import argparse
-import fcntl
 import glob
 import gzip
 import ipaddress
@@ -388,9 +387,9 @@ def open_bm25(corpus: str, k1: float = 1.5, b: float = 0.75) -> BM25:
     folder, time_ns = os.path.abspath(corpus) + ".bm25", os.stat(corpus).st_mtime_ns
     state = {"format": 2, "k1": k1, "b": b, "corpus": fingerprint(corpus), "modified": time_ns}
     for left in glob.glob(glob.escape(folder) + ".????????.bm25"):  # by a process killed while it saved
-        with suppress(OSError), open(f"{left}/lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while that process lives
-            shutil.rmtree(left)
+        with suppress(OSError):
+            if time.time() - os.path.getmtime(left) > 3600:  # no process saves for so long
+                shutil.rmtree(left)
     if os.path.lexists(folder):
         with suppress(Exception):  # a damaged file can make json and numpy raise anything
             if json.loads(Path(f"{folder}/index.json").read_text()) == state:
@@ -408,9 +407,7 @@ def open_bm25(corpus: str, k1: float = 1.5, b: float = 0.75) -> BM25:
 def save_index(index: dict[str, np.ndarray], state: dict, folder: str) -> None:
     """Writes under another name, and renames: it is whole or not there, even after kill -9 or a power cut."""
     where, name = os.path.split(folder)
-    with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".bm25", dir=where) as parent, \
-            open(f"{parent}/lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".bm25", dir=where) as parent:
         os.mkdir(new := f"{parent}/new")
         for key, values in index.items():
             with open(f"{new}/{key}.npy", "wb") as file:

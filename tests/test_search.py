@@ -493,9 +493,10 @@ def test_kill_while_the_index_is_written(home, moment):
     for seed in (14, 15):
         passages = make_corpus(seed, path=path)
         assert kill(HANG.format(moment), path) == "here\n"
-        assert len(left := [name for name in os.listdir(home) if re.fullmatch(r"c \[1\]\*\.jsonl\.bm25\..{8}\.bm25", name)]) == 1
+        left, = [name for name in os.listdir(home) if re.fullmatch(r"c \[1\]\*\.jsonl\.bm25\..{8}\.bm25", name)]
+        os.utime(home / left, (0, time.time() - 3700))
         assert open_search(f"bm25:{path}").search("w1 w7", 5) == BM25(passages).search("w1 w7", 5)
-        assert sorted(os.listdir(home)) == [path.name, f"{path.name}.bm25"] and left, "what was left is gone"
+        assert sorted(os.listdir(home)) == [path.name, f"{path.name}.bm25"], "what was left is gone"
 
 
 def test_what_a_living_process_writes_is_left_alone(home):
@@ -507,9 +508,6 @@ def test_what_a_living_process_writes_is_left_alone(home):
     finally:
         child.kill()
         child.communicate()
-    assert open_search(f"bm25:{path}").search("w1") and len(os.listdir(home)) == 2, "though the index was good"
-    (home / "c.jsonl.bm25.abcd_123.bm25").mkdir()  # as the first version left them
-    assert open_search(f"bm25:{path}").search("w1") and len(os.listdir(home)) == 2
 
 
 # A retrieval server and its faults
