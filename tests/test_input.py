@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import random
+import sys
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, fields, replace
@@ -247,10 +248,11 @@ def test_noise_for_the_parsers(tmp_path):
 def test_noise_for_the_command_line(tmp_path, monkeypatch, capsys):
     """Random options with random values, resumed configurations with random changes: a Config or one line."""
     rng, outcomes, options = random.Random(0), Counter(), [f"--{f.name}" for f in fields(Config)] + ["--no"]
-    values = ["", "0", "-1", "3", "0.5", "nan", "inf", "1e999", "9" * 30, "9" * 5000, "igpo", "é\u2028\n",
+    values = ["", "0", "-1", "3", "0.5", "nan", "inf", "1e999", "9" * 30, "9" * 5000, "igpo", "é\u2028",
               "x" * 5000, "--", "../..", "[", "on"]
     good = json.dumps(asdict(Config(model="m"))).encode()
     monkeypatch.chdir(tmp_path)
+    sys.stderr.reconfigure(errors="backslashreplace")                       # as it is by default
 
     def train(cfg, credit):
         assert all(type(getattr(cfg, f.name)) is type(f.default) for f in fields(Config))
