@@ -144,8 +144,8 @@ def encode(tokenizer, text: str, data: bool = False) -> list[int]:
 def encode_prompt(tokenizer, question: str) -> list[int]:
     """Instruction and question as the user's message of the chat template, the assistant's think tag opened.
     No system message: some templates refuse it (Gemma), some drop it without a word (early Phi-3). A policy
-    with "knows_format" in its tokenizer_config.json, as the demo's, is shown the question alone."""
-    slot, known = "@QUESTION@", tokenizer.init_kwargs.get("knows_format")
+    in whose template stands the comment {# knows_format #}, as the demo's, is shown the question alone."""
+    slot, known = "@QUESTION@", "{# knows_format #}" in str(tokenizer.chat_template)
     text = message = slot if known else f"{INSTRUCTION}\n\nQuestion: {slot}\n"
     if tokenizer.chat_template:
         chat, text = [{"role": "user", "content": message}], ""
@@ -219,7 +219,7 @@ def make_exact(lm, cfg: Config) -> None:
     logits = lm.eval()(pair, cache=Cache(layer_class_to_replicate=layer), use_cache=True).logits
     if torch.dist(logits, lm.get_output_embeddings()(lm.base_model(pair)[0])) > 0.01 * logits.norm():
         raise ValueError("it scales or caps its logits after the LM head, which token_logps does not")
-    if experts := sum(p.numel() for p in lm.parameters() if p.dim() == 3):
+    if experts := sum(p.numel() for name, p in lm.named_parameters() if "experts" in name and p.dim() == 3):
         print(f"note: LoRA does not reach the routed experts ({experts / 1e6:.0f}M weights)")
 
 def context_length(lm) -> int:
@@ -582,7 +582,7 @@ def update(model, optimizer, rollouts, old, ref, advantages, cfg: Config) -> lis
         for module in recomputing: module.training = True      # only then do they recompute
         stats = accumulate_gradient(model, *part, cfg, n=sum(all_gather([len(part[0])])))
         for module in recomputing: module.training = False
-        for p in parameters if WORLD > 1 else []: dist.all_reduce(p.grad)
+        for p in parameters if WORLD > 1 else []: p.grad is None or dist.all_reduce(p.grad)
         loss = sum(all_gather([stats["loss"]]))
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         updates.append({**stats, "loss": loss, "grad_norm": norm, "skipped": not math.isfinite(loss + norm)})

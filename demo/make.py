@@ -226,7 +226,7 @@ CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}{# knows_format #}")
 
 def names() -> list[str]:
     """Every part of a name that is to be one token after a space and at the start of a text alike."""
@@ -264,14 +264,14 @@ def make_tokenizer():
 
     Qwen2's class, because AutoTokenizer takes that one for a folder with a Qwen2 model, whatever the folder
     asks for. Its NFC normalisation and its <|endoftext|> come with it; the latter pads, as in Qwen2.5, and
-    <|im_end|> stops. knows_format tells igpo.encode_prompt() that this policy needs no instruction.
+    <|im_end|> stops. knows_format in the template tells igpo.encode_prompt() to show no instruction.
     """
     merges = syllable_merges()
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
     tokenizer = Qwen2Tokenizer(
         vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=merges,
         eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"],
-        clean_up_tokenization_spaces=False, knows_format=True)
+        clean_up_tokenization_spaces=False)
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -80,7 +80,7 @@ def test_tokenizer_is_the_committed_one(tmp_path):
         read = lambda name: json.loads((folder / f"{name}.json").read_text())
         whole, settings = read("tokenizer"), read("tokenizer_config")
         words = [(token["id"], token["content"], token["special"]) for token in whole["added_tokens"]]
-        told = {key: settings[key] for key in ("eos_token", "pad_token", "knows_format", "tokenizer_class")}
+        told = {key: settings[key] for key in ("eos_token", "pad_token", "tokenizer_class")}
         return whole["model"]["vocab"], whole["model"]["merges"], words, told
     assert what_counts(tmp_path) == what_counts(ROOT / "demo/policy")
     template = "chat_template.jinja"

@@ -124,9 +124,9 @@ def prompt(t: Trial):
     ids = igpo.encode_prompt(t.tokenizer, question)
     text, nfc = t.tokenizer.decode(ids), lambda s: unicodedata.normalize("NFC", s)      # some compose accents
     shown = {"the question": nfc(question) in nfc(text), "the instruction": igpo.INSTRUCTION in text}
-    alone = t.tokenizer.init_kwargs.get("knows_format")
+    alone = "{# knows_format #}" in str(t.tokenizer.chat_template)
     inside = " and ".join(name for name, there in shown.items() if there) or "neither question nor format"
-    inside += " alone (its tokenizer says that this policy knows the format)" * bool(alone)
+    inside += " alone (its template says that this policy knows the format)" * bool(alone)
     figure = f"{len(ids)} tokens with {inside}; it ends in {text[-24:]!r}"
     if not shown["the question"] or t.tokenizer.decode(igpo.encode(t.tokenizer, text)) != text:
         return "fail", figure, ("question or template do not come back from their tokens: "
