@@ -28,6 +28,7 @@ The demo: 4 rollouts for each of the 200 dev questions, sampled by the warm star
 real_text.py: searches by title that bring the two supporting passages in either order, or BM25's two best
 others. Intervals are 95 %, questions drawn with replacement. Answers yes and no are left out.
 """
+
 import argparse
 import csv
 import math
@@ -53,20 +54,26 @@ REWARDS = {
     "prob, random": lambda r, form="": math.exp(r["after" + form]) - math.exp(r["random" + form]),
     "logprob, random": lambda r, form="": r["after" + form] - r["random" + form],
     "prob, best form": lambda r: REWARDS["prob"](r, "_best"),
-    "logprob, best form": lambda r: REWARDS["logprob"](r, "_best")}
+    "logprob, best form": lambda r: REWARDS["logprob"](r, "_best"),
+}
 COLUMNS = {
     "all": (lambda r: True, lambda r: True),
     "bridge, first": (lambda r: not r["holds"] and r["turn"] == 0, lambda r: r["turn"] == 0),
     "bridge, later": (lambda r: not r["holds"] and r["turn"] > 0, lambda r: r["turn"] > 0),
     "answer, first": (lambda r: r["holds"] and r["turn"] == 0, lambda r: r["turn"] == 0),
-    "answer, later": (lambda r: r["holds"] and r["turn"] > 0, lambda r: r["turn"] > 0)}
+    "answer, later": (lambda r: r["holds"] and r["turn"] > 0, lambda r: r["turn"] > 0),
+}
 
 def gold_forms(aliases: list[str]) -> list[str]:
     """The first alias as it is comes first."""
-    return list(dict.fromkeys(form.strip() for a in aliases for form in (a, a.lower(), a[:1].upper() + a[1:])))
+    return list(
+        dict.fromkeys(form.strip() for a in aliases for form in (a, a.lower(), a[:1].upper() + a[1:]))
+    )
 
 @torch.no_grad()
-def walk(lm, tokenizer, r: igpo.Rollout, probes: list[list[int]], skip: int, others: list[Passage], cfg) -> list[dict]:
+def walk(
+    lm, tokenizer, r: igpo.Rollout, probes: list[list[int]], skip: int, others: list[Passage], cfg
+) -> list[dict]:
     """The beliefs around each search of a rollout, read once from left to right: what is only tried is taken out
     of the cache again. probes: tokens that lead to a gold, the first `skip` of them its way there."""
     cache = DynamicCache()
@@ -78,13 +85,13 @@ def walk(lm, tokenizer, r: igpo.Rollout, probes: list[list[int]], skip: int, oth
     def beliefs() -> tuple[float, float]:
         found = []
         for probe in probes:
-            logits = lm.get_output_embeddings()(read(probe)[skip - 1:-1]).float() / cfg.temperature
+            logits = lm.get_output_embeddings()(read(probe)[skip - 1 : -1]).float() / cfg.temperature
             gold = torch.tensor(probe[skip:], device=lm.device)[:, None]
             found.append(logits.log_softmax(-1).gather(1, gold).mean().item())
             cache.crop(-len(probe))
         return found[0], max(found)
 
-    read(r.ids[:r.boundaries[0]])
+    read(r.ids[: r.boundaries[0]])
     rows, now = [], beliefs()
     for t, (start, end) in enumerate(zip(r.boundaries, r.boundaries[1:])):
         policy = start + sum(r.mask[start:end])
@@ -95,12 +102,21 @@ def walk(lm, tokenizer, r: igpo.Rollout, probes: list[list[int]], skip: int, oth
         cache.crop(-len(block))
         read(r.ids[policy:end])
         before, now = now, beliefs()
-        rows.append({"turn": t, **{name + form: values[i] for name, values in
-                                   (("before", before), ("after", now), ("random", swapped))
-                                   for i, form in enumerate(("", "_best"))}})
+        rows.append(
+            {
+                "turn": t,
+                **{
+                    name + form: values[i]
+                    for name, values in (("before", before), ("after", now), ("random", swapped))
+                    for i, form in enumerate(("", "_best"))
+                },
+            }
+        )
     return rows
 
-def measure(lm, tokenizer, q: dict, r: igpo.Rollout, shown: list[list[Passage]], pool: list[Passage], draw, cfg) -> list[dict]:
+def measure(
+    lm, tokenizer, q: dict, r: igpo.Rollout, shown: list[list[Passage]], pool: list[Passage], draw, cfg
+) -> list[dict]:
     """A row for each search of a rollout: what it brought, and the beliefs around it."""
     words = lambda text: f" {' '.join(answer_words(text))} "
     schema, gold = igpo.encode(tokenizer, igpo.SCHEMA), q["answers"][0]
@@ -117,21 +133,34 @@ def measure(lm, tokenizer, q: dict, r: igpo.Rollout, shown: list[list[Passage]],
 def of_the_demo(args) -> list[dict]:
     cfg = igpo.Config(**{**igpo.DEMO, "group": 4})
     model, tokenizer = igpo.load_model(cfg)
-    corpus, questions = igpo.locate("demo/corpus.jsonl"), load_questions(igpo.locate("demo/dev.jsonl"))[:args.limit]
+    corpus, questions = (
+        igpo.locate("demo/corpus.jsonl"),
+        load_questions(igpo.locate("demo/dev.jsonl"))[: args.limit],
+    )
     search, draw = open_search(f"bm25:{corpus}"), random.Random(0)
     torch.manual_seed(0)
     rollouts = igpo.rollout(model, tokenizer, questions, search, cfg)
     asked = [q for q in questions for _ in range(cfg.group)]
     pool = [p for r in rollouts for found in r.retrieved for p in found]
-    return [row for q, r in tqdm([*zip(asked, rollouts)])
-            for row in measure(igpo.unwrap(model), tokenizer, q, r, r.retrieved[:len(r.boundaries) - 1], pool, draw, cfg)]
+    return [
+        row
+        for q, r in tqdm([*zip(asked, rollouts)])
+        for row in measure(
+            igpo.unwrap(model), tokenizer, q, r, r.retrieved[: len(r.boundaries) - 1], pool, draw, cfg
+        )
+    ]
 
 def of_data(args) -> list[dict]:
-    cfg, corpus = igpo.Config(model=args.model, gradient_checkpointing=False), igpo.locate(f"{args.data}/corpus.jsonl")
+    cfg, corpus = (
+        igpo.Config(model=args.model, gradient_checkpointing=False),
+        igpo.locate(f"{args.data}/corpus.jsonl"),
+    )
     model, tokenizer = igpo.load_model(cfg)
     search, draw, rows = open_search(f"bm25:{corpus}"), random.Random(0), []
     asked = teachable(load_questions(igpo.locate(args.questions or f"{args.data}/dev.jsonl")), corpus)
-    asked = [(q, some) for q, some in asked if len(some) == 2 and q["answers"][0].lower() not in ("yes", "no")][:args.limit]
+    asked = [
+        (q, some) for q, some in asked if len(some) == 2 and q["answers"][0].lower() not in ("yes", "no")
+    ][: args.limit]
     pool = [p for _, some in asked for p in some]
     for q, (one, two) in tqdm(asked):
         best = [p for p in search.search(q["question"], 8) if p.id not in (one.id, two.id)][:2]
@@ -160,19 +189,28 @@ def auc_table(rows: list[dict], draws: int = 500) -> list[str]:
     for name, reward in REWARDS.items():
         cells = []
         for takes, against in COLUMNS.values():
-            some = [[(number[r["id"]], reward(r)) for r in rows if r["right"] == kind and fits(r)]
-                    for kind, fits in ((True, takes), (False, against))]
+            some = [
+                [(number[r["id"]], reward(r)) for r in rows if r["right"] == kind and fits(r)]
+                for kind, fits in ((True, takes), (False, against))
+            ]
             counts.append(tuple(map(len, some)))
-            ids_of, values = zip(*[tuple(map(np.array, zip(*part))) if part else (np.array([], int), np.array([])) for part in some])
+            ids_of, values = zip(
+                *[
+                    tuple(map(np.array, zip(*part))) if part else (np.array([], int), np.array([]))
+                    for part in some
+                ]
+            )
             drawn = [auc(*(np.repeat(v, w[i]) for i, v in zip(ids_of, values))) for w in weights]
             low, high = np.nanpercentile(drawn, [2.5, 97.5])
             cells.append(f"{auc(*values):.2f} [{low:.2f}, {high:.2f}]")
         lines.append([name, *cells])
-    sizes = ["right, wrong searches", *(f"{a}, {b}" for a, b in counts[:len(COLUMNS)])]
+    sizes = ["right, wrong searches", *(f"{a}, {b}" for a, b in counts[: len(COLUMNS)])]
     return table(["reward", *COLUMNS], [sizes, *lines])
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="", help="as for igpo.py; empty: the demo")
     parser.add_argument("--data", default="", help="folder of dev.jsonl and corpus.jsonl")
     parser.add_argument("--questions", default="", help="questions, if not <data>/dev.jsonl")
@@ -180,7 +218,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "signal", help="writes <out>.csv and <out>.md")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    path, types = args.out.with_suffix(".csv"), {"id": str, "right": lambda v: v == "True", "holds": lambda v: v == "True", "turn": int}
+    path, types = (
+        args.out.with_suffix(".csv"),
+        {"id": str, "right": lambda v: v == "True", "holds": lambda v: v == "True", "turn": int},
+    )
     if not args.tables:
         rows = of_data(args) if args.model else of_the_demo(args)
         about = f"# {commit()}, {machine()}; {args.model and Path(args.model).name or 'the demo'}, {len({r['id'] for r in rows})} questions"
@@ -188,11 +229,19 @@ def main() -> None:
             file.write(about + "\n")
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+            writer.writerows(
+                {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows
+            )
     with open(path, newline="", encoding="utf-8") as file:
         about = file.readline()[2:].strip()
         rows = [{k: types.get(k, float)(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    lines = ["# Which signal finds the bridge?", "", f"{about}. What stands here is told at the top of benchmarks/signal.py.", "", *auc_table(rows)]
+    lines = [
+        "# Which signal finds the bridge?",
+        "",
+        f"{about}. What stands here is told at the top of benchmarks/signal.py.",
+        "",
+        *auc_table(rows),
+    ]
     args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
