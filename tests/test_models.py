@@ -80,9 +80,11 @@ def test_a_mixture_of_experts_is_told_what_lora_does_not_reach(tmp_path, capsys)
 
 # ---- the update sees what was scored ----
 
-@pytest.mark.parametrize("kind, changes", [("gpt2", {}), ("qwen2", dict(attention_dropout=0.5))])
+@pytest.mark.parametrize("kind, changes", [
+    ("gpt2", {}), ("qwen2", dict(attention_dropout=0.5)), ("gemma3", {})])
 def test_dropout_is_off_and_recomputing_changes_nothing(kind, changes, cfg, demo, tmp_path):
-    """GPT-2 comes with dropouts of 0.1. The ratio is 1, the gradient that of an update that keeps all."""
+    """GPT-2 comes with dropouts of 0.1; of Gemma-3 a part learns nothing, the one that sees. The ratio is 1,
+    the gradient that of an update that keeps all."""
     folder, found, forwards = tiny_model(tmp_path, kind, **changes), [], []
     for recompute in (False, True):
         cfg = replace(cfg, model=folder, gradient_checkpointing=recompute, kl_coef=0.0, max_turns=2)
