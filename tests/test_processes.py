@@ -87,14 +87,15 @@ def interrupted(data, folder) -> None:
         out, said = folder / f"cut{status}", folder / "said"
         child = fork([*small_options(data), "--steps", "400", "--eval_every", "200", "--out", out], said)
         while not (out / "checkpoint" / "state.pt").exists():
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), said.read_text()
             time.sleep(0.05)
         time.sleep(0.3)
         os.kill(child, number)
         assert wait_for(child) == status
         assert f"--resume {out}" in said.read_text() and "Traceback" not in said.read_text(), said.read_text()
-        step = saved_step(out)
-        assert wait_for(fork(["--resume", out, "--steps", step + 1], said)) == 0, said.read_text()
-        assert [row["step"] for row in rows_of(out)] == list(range(step + 2))
+    step = saved_step(out)
+    assert wait_for(fork(["--resume", out, "--steps", step + 1], said)) == 0, said.read_text()
+    assert [row["step"] for row in rows_of(out)] == list(range(step + 2))
 
 
 def alone(code) -> str:
