@@ -43,10 +43,10 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from tqdm import tqdm
 
-from igpo import (DEMO, MAX_FAILED_SEARCHES, RANK, SCHEMA, TAG, WORLD, Config, Rollout, UserError, all_gather,
+from igpo import (DEMO, MAX_FAILED_SEARCHES, RANK, SCHEMA, TAG, WORLD, Config, Rollout, all_gather,
                   begin, check_questions, encode, load_model, locate, mean, play, read_config, record, score,
                   unwrap)
-from search_tool import SearchError, fingerprint, first_line, open_search
+from search_tool import UserError, fingerprint, first_line, open_search
 from tools.data import BENCHMARKS, read_benchmark, sample
 from tools.metrics import read_jsonl, write_whole
 from tools.report import write_results
@@ -306,7 +306,7 @@ def first(look):
     """What look() returns in the first process, for all of them. If it raises there, all of them end."""
     try:
         found = [] if RANK else [look()]
-    except (SearchError, OSError) as e:
+    except (UserError, OSError) as e:
         found = [e]
     found, = all_gather(found)
     if isinstance(found, Exception):
@@ -379,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
             sys.stdout = told if RANK == 0 else open(os.devnull, "w")
         evaluate(args)
-    except (SearchError, OSError) as e:
+    except (UserError, OSError) as e:
         print(f"eval: {first_line(e)}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as e:

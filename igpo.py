@@ -20,9 +20,7 @@ Where we depart from the paper on purpose:
   1. The environment opens <think> at every turn, so a belief is read under the form of a turn that answers.
   2. The belief is in the first gold alias, cut at 32 tokens, at the sampling temperature. F1: the best.
   3. LoRA instead of full fine-tuning, so the reference is the same model with its adapter switched off.
-  4. A rollout without an answer (broken format, cut short, out of turns) gets the format penalty as reward of
-     its last turn. If the format breaks at turn 3, turns 1 and 2 keep their gains.
-  5. --credit igpo, the default, is a normalisation of our own; igpo-v2 and igpo-v1 are the paper's (RECIPES).
+  4. A rollout that ends without an answer gets the format penalty on its last turn. Earlier gains stay.
 """
 import argparse, contextlib, json, math, os, random, re, signal, sys, time, warnings
 from bisect import bisect_left, bisect_right
@@ -30,7 +28,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial, wraps
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean, median, pstdev
+from statistics import fmean, median, pvariance
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -42,10 +40,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.generation import StopStringCriteria
 from transformers.utils.logging import disable_progress_bar
-from search_tool import (Results, SearchError, clean_query, exact_match, f1_score, first_line, load_questions,
+from search_tool import (Results, UserError, clean_query, exact_match, f1_score, first_line, load_questions,
                          open_search)
 disable_progress_bar()
-warnings.filterwarnings("ignore", category=FutureWarning)      # between the releases of peft and transformers
+warnings.filterwarnings("ignore", category=FutureWarning)      # peft uses names that transformers gives up
 
 # ---- configuration -----------------------------------------------------------------------------------------
 def option(default, text: str, least: float = -math.inf):
@@ -57,7 +55,7 @@ class Config:
     """Every option. The command line is made from this, and a run saves its values as config.json."""
     model: str = option("", "hub id, name (Qwen2.5-1.5B-Instruct), folder or .gguf file; empty: demo/policy")
     init_adapter: str = option("", "PEFT folder that is merged into the model before training starts")
-    data: str = option("demo", "folder of train.jsonl, dev.jsonl, corpus.jsonl, as tools/data.py makes it")
+    data: str = option("demo", "folder of train.jsonl, dev.jsonl, corpus.jsonl, as made by tools/data.py")
     train: str = option("", "training questions, if not <data>/train.jsonl")
     dev: str = option("", "questions of the periodic greedy evaluation, if not <data>/dev.jsonl")
     search: str = option("", "search back end, if not bm25:<data>/corpus.jsonl; see search_tool.py")
@@ -74,11 +72,11 @@ class Config:
     passages: int = option(3, "passages per search", 1)
     max_info_tokens: int = option(500, "tokens of search results per turn, shared among the passages", 0)
     temperature: float = option(1.0, "sampling temperature, also used in scoring", 0.01)
-    credit: str = option("igpo", "how turns are rewarded; what each name means stands in RECIPES")
+    credit: str = option("igpo", "how turns are rewarded: a name of RECIPES")
     format_penalty: float = option(-0.1, "outcome of a rollout without an answer (lambda_fmt, Eq. 2)")
-    lr: float = option(2e-5, "learning rate of AdamW", 0)
+    lr: float = option(2e-5, "learning rate of AdamW, constant; the gradient's norm is clipped at 1", 0)
     minibatches: int = option(1, "optimizer updates per step, each on its part of the rollouts", 1)
-    clip: float = option(0.2, "clip range of the ratio (epsilon, Eq. 7)", 0)
+    clip: float = option(0.2, "clip range of the ratio (epsilon, Eq. 7); one minibatch has ratio 1", 0)
     kl_coef: float = option(0.001, "weight of the KL to the reference (beta, Eq. 7)", 0)
     lora_rank: int = option(16, "LoRA rank, on all linear layers; alpha is twice the rank", 1)
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 on CUDA, else float32")
@@ -86,19 +84,16 @@ class Config:
     batch_tokens: int = option(24576, "padded tokens per forward in scoring and update", 1)
     gradient_checkpointing: bool = option(True, "recompute activations in the update: slower, less memory")
 
-# The embedded policy has 1M parameters and reads a page a turn. What it needs otherwise stands only here.
+# The embedded policy has 1M parameters and reads a page a turn. Only these values differ from the defaults.
 DEMO = dict(model="demo/policy", steps=30, max_turns=6, max_new_tokens=32, passages=1, max_info_tokens=100,
             lr=5e-4, dtype="float32", batch_tokens=2048, gradient_checkpointing=False)
-MAX_FAILED_SEARCHES = 0.5       # a step in which a larger share of the searches failed is not trained on
-MAX_GOLD_TOKENS = 32            # the belief is read on so many tokens of the gold at most
-HEAD_CHUNK = 256                # tokens that pass the LM head at once: their logits live in four fp32 copies
-STD_FLOOR = 1e-6                # rewards that spread less than this agree, and say nothing
+MAX_FAILED_SEARCHES = 0.5       # where a larger share of a step's searches fails, the run stops
+MAX_GOLD_TOKENS = 32            # the belief uses at most this many tokens of the gold
+HEAD_CHUNK = 256                # tokens sent through the LM head at once: of logits there are fp32 copies
+STD_FLOOR = 1e-6                # rewards whose std is not above this count as equal, and say nothing
 room = lambda cfg: max(cfg.max_new_tokens, 2 * MAX_GOLD_TOKENS)      # tokens that a turn or a probe may need
 
 # ---- data --------------------------------------------------------------------------------------------------
-class UserError(SearchError):
-    """Something the user can mend. main() prints its one line and exits with status 2."""
-
 @dataclass
 class Rollout:
     """One trajectory. Turn t is ids[boundaries[t]:boundaries[t + 1]]: what the policy wrote, then what its
@@ -106,29 +101,26 @@ class Rollout:
     ids: list[int]                  # the prompt, then turn by turn
     mask: list[int]                 # per token 1: written by the policy; 0: forced (prompt, search results)
     boundaries: list[int]           # where turns begin, the first behind the prompt
-    answer: str | None = None       # what stands in <answer>, None if there is none
+    answer: str | None = None       # the text inside <answer>, None if there is none
     stop: str = ""                  # why it ended: answer | format | length | turns; "" while it goes on
     queries: list[str] = field(default_factory=list)            # one per search
     retrieved: list[Results] = field(default_factory=list)      # what each search brought, as it was shown
-
     def write(self, ids: list[int], by_policy: bool) -> None:
         """Append tokens. The mask is written with them and never recovered from the text."""
         self.ids += ids
         self.mask += [int(by_policy)] * len(ids)
-
     @property
     def policy_turns(self) -> list[int]:
         """The turn, from 0, of each token that the policy wrote."""
         return [bisect_right(self.boundaries, j) - 1 for j, m in enumerate(self.mask) if m]
 
 def locate(path: str) -> str:
-    """A path as given, or beside this file if there is nothing at it: the demo is found from any folder."""
+    """A path as given, or beside this file if nothing is there: the demo is found from any folder."""
     beside = Path(__file__).resolve().parent / path
     return str(beside) if beside.exists() and not Path(path).exists() else path
 
 # ---- tokens ------------------------------------------------------------------------------------------------
-# The belief is one in what the policy would say, so prompt and probe show an answer in one and the same form.
-# The metric answer_form tells how many answers begin as the probe does.
+# Prompt and probe show an answer in one form. The metric answer_form tells how often the policy takes it.
 SCHEMA = "\nNow there's enough information to answer.\n</think>\n<answer>\n"      # then the gold, section 3.2
 INSTRUCTION = (
     "Answer the question. You can search as often as you need to. A turn has one of two forms. To search:\n\n"
@@ -143,8 +135,8 @@ def encode(tokenizer, text: str, data: bool = False) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=data)
 def encode_prompt(tokenizer, question: str) -> list[int]:
     """Instruction and question as the user's message of the chat template, the assistant's think tag opened.
-    No system message: some templates refuse it (Gemma), some drop it without a word (early Phi-3). A policy
-    in whose template stands the comment {# knows_format #}, as the demo's, is shown the question alone."""
+    No system message: some templates refuse it (Gemma), some drop it without a word (early Phi-3). If the
+    template holds the comment {# knows_format #}, as the demo's does, the prompt is the question alone."""
     slot, known = "@QUESTION@", "{# knows_format #}" in str(tokenizer.chat_template)
     text = message = slot if known else f"{INSTRUCTION}\n\nQuestion: {slot}\n"
     if tokenizer.chat_template:
@@ -153,13 +145,17 @@ def encode_prompt(tokenizer, question: str) -> list[int]:
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     if text.count(message.strip()) != 1:
         raise UserError("this model's chat template does not show a user's message once, as it is")
-    before, after = (text if text.rstrip().endswith("<think>") else text + "<think>").split(slot)
-    return encode(tokenizer, before) + encode(tokenizer, question, True) + encode(tokenizer, after)
+    # Later turns open with the bare tag, so the first does too, whatever a template writes behind it.
+    text = text.rstrip() if text.rstrip().endswith("<think>") else text + "<think>"
+    before, after = (encode(tokenizer, part) for part in text.split(slot))
+    bos = [] if tokenizer.chat_template else tokenizer.encode("")[:1]      # what a base model begins with
+    return bos + before + encode(tokenizer, question, True) + after
 
 def encode_information(tokenizer, found: Results, max_tokens: int) -> tuple[list[int], Results]:
     """(what the environment writes after a search, up to the next open think tag; the passages shown in it).
     Where they do not fit, texts are cut to one length and end in "..": what is shown is what is recorded."""
-    texts, cap, body = [encode(tokenizer, p.text, True) for p in found], max_tokens, None
+    texts, body = [encode(tokenizer, p.text, True) for p in found], None
+    cap = max(c for c in range(max_tokens + 1) if sum(min(len(ids), c) for ids in texts) <= max_tokens)
     cut = lambda ids: tokenizer.decode(ids[:cap]).rstrip("\ufffd ") + " .."
     while body is None or (len(body) > max_tokens and cap):
         cap -= 0 if body is None else math.ceil(cap / 10)
@@ -193,12 +189,13 @@ def load_model(cfg: Config, adapter: str = ""):
         if options: del model.hf_quantizer, model.config.quantization_config      # the weights are floats now
         make_exact(model, cfg)
         model = model.to(device)
-        for name in filter(None, (cfg.init_adapter, adapter)):
+        for name in filter(None, (cfg.init_adapter, adapter)):      # an error below names it
             model = PeftModel.from_pretrained(model, name)
-            loaded = model.load_adapter(name, "default")      # again: only this call tells of other layers
+            loaded = model.load_adapter(name, "default")      # again: only this call reports other layers
             if loaded.missing_keys or loaded.unexpected_keys: raise ValueError("an adapter of another model")
             model = model if name == adapter else model.merge_and_unload()
     except Exception as e:      # each library fails in its own way
+        if isinstance(e, torch.OutOfMemoryError): raise
         raise UserError(f"{name}: {first_line(e)}. A model is a hub id (owner/name), a .gguf file, or a "
                         "folder of config.json, weights, tokenizer; an adapter is a PEFT folder.") from None
     if not adapter:
@@ -213,9 +210,11 @@ def make_exact(lm, cfg: Config) -> None:
     text = lm.config.get_text_config()      # of a multimodal model the part that reads text
     text.max_position_embeddings = context_length(lm)
     if getattr(text, "sliding_window", None): text.sliding_window = 10**9      # rollouts stay within it
+    for m in lm.modules():      # some layers would drop out by themselves while they recompute
+        vars(m).update({k: 0.0 for k, v in vars(m).items() if "drop" in k and isinstance(v, float)})
     if cfg.gradient_checkpointing: lm.gradient_checkpointing_enable({"use_reentrant": False})
     pair, layer = torch.tensor([[1, 2]], device=lm.device), lambda: StaticLayer(max_cache_len=2)
-    # It raises where layers keep anything else than keys and values.
+    # It raises where layers keep anything other than keys and values.
     logits = lm.eval()(pair, cache=Cache(layer_class_to_replicate=layer), use_cache=True).logits
     if torch.dist(logits, lm.get_output_embeddings()(lm.base_model(pair)[0])) > 0.01 * logits.norm():
         raise ValueError("it scales or caps its logits after the LM head, which token_logps does not")
@@ -223,8 +222,8 @@ def make_exact(lm, cfg: Config) -> None:
         print(f"note: LoRA does not reach the routed experts ({experts / 1e6:.0f}M weights)")
 
 def context_length(lm) -> int:
-    """Tokens that a rollout may have: the model's positions, its sliding window, or its first rotary table,
-    past which longrope models (Phi-3.5, Phi-4) take another, for the whole batch, in which all must agree."""
+    """Tokens that a rollout may have: the model's positions, its sliding window, or its first rotary table:
+    beyond it longrope models (Phi-3.5, Phi-4) switch tables for the whole batch, while scoring might not."""
     c = lm.config.get_text_config()
     ropes = getattr(c, "rope_parameters", None) or {}
     ropes = [ropes, *(r for r in ropes.values() if isinstance(r, dict))]      # or one for each kind of layer
@@ -236,14 +235,13 @@ def unwrap(model):
     """The Hugging Face causal LM inside a PEFT model (LoRA layers stay in it), or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 def reference(model):
-    """Within this context the model is the reference policy: its adapter is off."""
-    if not isinstance(model, PeftModel): raise ValueError("a model without an adapter has no reference in it")
+    """Within this context the model is the reference: its adapter is off. AttributeError if it has none."""
     return model.disable_adapter()
 
 @contextlib.contextmanager
 def arithmetic(lm):
     """The same arithmetic for sampling, scoring, reference and update, so that their numbers agree. On a GPU
-    in bf16, PEFT would cast every layer's input to the adapter's fp32. Autocast uses that in bf16."""
+    in bf16, PEFT would cast every layer's input to the adapter's fp32. Here autocast uses bf16 for both."""
     on = lm.device.type == "cuda" and lm.dtype == torch.bfloat16
     # No cache of cast weights: a CUDA graph would still use them after the optimizer's next step.
     with torch.autocast("cuda", torch.bfloat16, on, cache_enabled=False), disable_input_dtype_casting(lm, on):
@@ -253,7 +251,7 @@ def arithmetic(lm):
 # rollout() calls play(). That calls generate() for one turn of all live rollouts, take_turn() for what the
 # policy wrote, the search, take_results() for what it brought, and rebuild_cache() for the next turn.
 def rollout(model, tokenizer, questions: list[dict], search, cfg: Config) -> list[Rollout]:
-    """cfg.group rollouts for each question, group behind group. UserError if too many searches failed."""
+    """cfg.group rollouts for each question, group after group. UserError if too many searches failed."""
     rollouts = [begin(tokenizer, q["question"]) for q in questions for _ in range(cfg.group)]
     for i in range(0, len(rollouts), cfg.rollout_batch):
         play(model, tokenizer, rollouts[i:i + cfg.rollout_batch], search, cfg)
@@ -261,13 +259,12 @@ def rollout(model, tokenizer, questions: list[dict], search, cfg: Config) -> lis
     if (failed := sum(map(bool, errors))) > MAX_FAILED_SEARCHES * len(errors):
         raise UserError(f"{failed} of {len(errors)} searches failed ({next(filter(None, errors))})")
     return rollouts
-
 def begin(tokenizer, question: str) -> Rollout:
-    """A rollout of which there is the prompt alone."""
+    """A rollout that holds only its prompt."""
     prompt = encode_prompt(tokenizer, question)
     return Rollout(prompt, [0] * len(prompt), [len(prompt)])
 def pad(rows, device, side: str = "right") -> torch.Tensor:
-    """Lists of numbers as (B, longest), filled up with 0, as good as any number: nobody looks at it."""
+    """Lists of numbers as (B, longest), filled up with 0. Any number would do: it is never attended to."""
     rows = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(rows, batch_first=True, padding_side=side).to(device)
 
@@ -275,7 +272,7 @@ def pad(rows, device, side: str = "right") -> torch.Tensor:
 def play(model, tokenizer, live: list[Rollout], search, cfg: Config) -> None:
     """Take these rollouts, all at once and in place, from their last boundaries to their ends."""
     lm, ones = unwrap(model), lambda rows: [[1] * len(row) for row in rows]
-    lm.generation_config = sampling = sampling_config(lm, tokenizer, cfg)
+    lm.generation_config = sampling = sampling_config(lm, tokenizer, cfg)      # generate() looks at both
     left = partial(pad, device=lm.device, side="left")
     # All of a prompt but its last token, from which generate() goes on, is read once for its group.
     prompts: dict[tuple, int] = {}
@@ -300,19 +297,19 @@ def play(model, tokenizer, live: list[Rollout], search, cfg: Config) -> None:
         found = search.search_many([r.queries[-1] for r in asking], cfg.passages) if asking else []
         for r, results in zip(asking, found, strict=True):
             take_results(r, results, context_length(lm), tokenizer, cfg)
-        # generate() has no need to read the last token of the longest turn: the cache ends before it.
+        # The last token of the longest turn was sampled and not fed back: it is not in the cache yet.
         own = torch.arange(len(written[0]) - 1) < torch.tensor(ends)[:, :1]
         held = torch.cat([mask, own.long().to(lm.device)], 1)
         rows, live = [row for row, r in enumerate(live) if not r.stop], [r for r in live if not r.stop]
 
-def rebuild_cache(cache: Cache, held, rows, room: int) -> tuple[Cache, torch.Tensor]:
-    """(cache, held) for the next turn: the chosen rows, tokens side by side, `room` free columns behind them.
-    Rows that ended are not chosen, that of a prompt is for each rollout of its group. Padding and the holes
+def rebuild_cache(cache: Cache, held, rows, free: int) -> tuple[Cache, torch.Tensor]:
+    """(cache, held) for the next turn: the chosen rows, tokens side by side, `free` columns behind them.
+    Rows that ended are not chosen, a prompt's row is copied for each rollout of its group. Padding and holes
     behind short turns are sorted to the left and cut: a token's position is in its key, not in its column."""
     width = int(held[rows].sum(1).max())
     order = held[rows].argsort(dim=1, stable=True)[:, held.shape[1] - width:]
-    pick = lambda x: x[:, :, :held.shape[1]][rows[:, None], :, order].transpose(1, 2)
-    new = Cache(layer_class_to_replicate=lambda: StaticLayer(max_cache_len=width + room))
+    pick = lambda x: x[:, :, :held.shape[1]][rows[:, None], :, order].transpose(1, 2)  # (R, heads, width, D)
+    new = Cache(layer_class_to_replicate=lambda: StaticLayer(max_cache_len=width + free))
     for i, layer in enumerate(cache.layers):
         new.update(pick(layer.keys), pick(layer.values), i)
         layer.keys = layer.values = None        # so that one layer at a time is held twice, not all of them
@@ -322,7 +319,7 @@ def rebuild_cache(cache: Cache, held, rows, room: int) -> tuple[Cache, torch.Ten
 def one_token_graph(lm):
     """Within this context, on CUDA, forwards of one token a row, some thousand kernels that are
     shorter than their launch, are captured as one CUDA graph. It keeps addresses: hence the static cache."""
-    forward, held = lm.forward, {}
+    forward, kept = lm.forward, {}
     @wraps(forward)
     def step(input_ids=None, position_ids=None, attention_mask=None, **rest):
         kinds = attention_mask if isinstance(attention_mask, dict) else None      # one for each type of layer
@@ -330,17 +327,17 @@ def one_token_graph(lm):
             mask = dict(zip(kinds, masks)) if kinds else masks[0]
             return forward(ids, position_ids=at, attention_mask=mask, **rest)
         inputs = input_ids, position_ids, *(kinds.values() if kinds else [attention_mask])
-        if "graph" in held:
-            for mine, new in zip(held["inputs"], inputs): mine.copy_(new)
-            held["graph"].replay()
-            return held["out"]
-        out = run(*inputs)      # a first time without: what is set up at a first call cannot be captured
+        if "graph" in kept:
+            for mine, new in zip(kept["inputs"], inputs): mine.copy_(new)
+            kept["graph"].replay()
+            return kept["out"]
+        out = run(*inputs)      # once without a graph: what is set up at a first call cannot be captured
         if input_ids.shape[1] == 1 and not getattr(lm, "no_graph", False):
-            held["inputs"], rng = [x.clone() for x in inputs], torch.cuda.default_generators[lm.device.index]
+            kept["inputs"], rng = [x.clone() for x in inputs], torch.cuda.default_generators[lm.device.index]
             graph, spare, stream = torch.cuda.CUDAGraph(), rng.clone_state(), torch.cuda.current_stream()
-            try:
-                with torch.cuda.stream(stream), torch.cuda.graph(graph): held["out"] = run(*held["inputs"])
-                held["graph"] = graph
+            try:      # a capture that fails leaves its own stream behind: hence the first context
+                with torch.cuda.stream(stream), torch.cuda.graph(graph): kept["out"] = run(*kept["inputs"])
+                kept["graph"] = graph
             except Exception as e:
                 rng.graphsafe_set_state(spare)      # its state is useless after a capture that failed
                 lm.no_graph = True
@@ -351,7 +348,7 @@ def one_token_graph(lm):
     finally: vars(lm).pop("forward", None)
 
 def sampling_config(lm, tokenizer, cfg: Config) -> GenerationConfig:
-    """Temperature, or greedy if it is 0, and nothing else: here it is secured that sampling = scoring. What a
+    """Temperature, or greedy if it is 0, and nothing else: this makes sampling = scoring. What a
     checkpoint has as its defaults (top_k, top_p, repetition_penalty ..) would shape the sampled distribution
     and not the scored one, so all is replaced. top_k is 0 because the library's default is 50."""
     eos = lm.generation_config.eos_token_id
@@ -363,7 +360,7 @@ def sampling_config(lm, tokenizer, cfg: Config) -> GenerationConfig:
 # Ends a row of generate() at the first closing tag, also if that ends inside a token. It is costly to make.
 stop_tags = lru_cache(lambda tokenizer: StopStringCriteria(tokenizer, ["</search>", "</answer>"]))
 def turn_end(turn: list[int], tokenizer, eos: list[int]) -> tuple[int, bool]:
-    """(length, closed) of a turn with its stop token, which is trained too. So padding is known by length."""
+    """(tokens up to the first closing tag or EOS, which is trained too; was there one?). The rest is not."""
     ended = lambda n: re.search("</(search|answer)>", tokenizer.decode(turn[:n])) or {*eos} & {*turn[:n]}
     length = bisect_left(range(len(turn) + 1), True, key=lambda n: bool(ended(n)))
     return min(length, len(turn)), length <= len(turn)
@@ -372,14 +369,10 @@ def take_turn(r: Rollout, turn: list[int], closed: bool, tokenizer, cfg: Config)
     """Write down a turn of the policy and what it does: end the rollout (r.stop is set) or ask a query."""
     action = parse_turn(tokenizer.decode(turn))
     r.write(turn, True)
-    if action is None:
-        r.stop = "format" if closed else "length"
-    elif action[0] == "answer":
-        r.stop, r.answer = "answer", action[1]
-    elif len(r.boundaries) == cfg.max_turns:
-        r.stop = "turns"
-    else:
-        r.queries.append(clean_query(action[1]))
+    if action is None: r.stop = "format" if closed else "length"
+    elif action[0] == "answer": r.stop, r.answer = action
+    elif len(r.boundaries) == cfg.max_turns: r.stop = "turns"
+    else: r.queries.append(clean_query(action[1]))
 def take_results(r: Rollout, found: Results, context: int, tokenizer, cfg: Config) -> None:
     """Write down what a query brought, which opens the next turn; or end the rollout if that has no room."""
     block, shown = encode_information(tokenizer, found, cfg.max_info_tokens)
@@ -400,15 +393,14 @@ def token_logps(lm, rollouts: list[Rollout], temperature: float, schema: list = 
 
         token       r0 r1   p0 p1       p0 sees r0 and itself, p1 sees r0, p0 and itself
         position     0  1    1  2       as if the probe stood where r1 stands
-
     Why that is exact: a key depends on no later token, so up to a boundary the keys of the whole rollout are
     those of its prefix alone. A probe that sees just these stands where the next turn would begin."""
-    right = partial(pad, device=lm.device)      # where no token of a rollout looks: so no mask is needed
+    right = partial(pad, device=lm.device)      # padding behind, where causal attention never looks: no mask
     ids, mask = right(r.ids for r in rollouts), right(r.mask for r in rollouts).bool()             # (B, L)
     with arithmetic(lm):
         cache = DynamicCache() if golds else None
         hidden = lm.base_model(input_ids=ids, cache=cache, use_cache=bool(golds))[0]               # (B, L, H)
-        pairs = [(hidden[:, :-1][mask[:, 1:]], ids[mask])]      # a token is told by the one before it
+        pairs = [(hidden[:, :-1][mask[:, 1:]], ids[mask])]      # a token is predicted from the one before it
         if golds:
             each = [(r.boundaries, [*schema, *gold]) for r, gold in zip(rollouts, golds)]
             probes = right(probe * len(boundaries) for boundaries, probe in each)                  # (B, P)
@@ -423,7 +415,7 @@ def token_logps(lm, rollouts: list[Rollout], temperature: float, schema: list = 
         def of_chunk(h, t):
             logits = lm.get_output_embeddings()(h).float() / (temperature or 1.0)
             return logits.gather(-1, t[:, None])[:, 0] - logits.logsumexp(-1)
-        # Only targets pass the head, in chunks that the backward computes anew: (L, vocabulary) never exists.
+        # Only targets pass the head, in chunks that the backward recomputes: (L, vocabulary) never exists.
         call = partial(checkpoint, of_chunk, use_reentrant=False) if torch.is_grad_enabled() else of_chunk
         logps = torch.cat([call(*c) for pair in pairs for c in zip(*(x.split(HEAD_CHUNK) for x in pair))])
     sizes = [sum(r.mask) for r in rollouts] + [len(r.boundaries) * len(g) for r, g in zip(rollouts, golds)]
@@ -431,7 +423,7 @@ def token_logps(lm, rollouts: list[Rollout], temperature: float, schema: list = 
     return parts[:len(rollouts)], [x.view(-1, len(gold)) for x, gold in zip(parts[len(rollouts):], golds)]
 
 def by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices in batches of like lengths, padded within budget, or of one: [5, 9, 4], 10: [[1], [0, 2]]."""
+    """Indices in batches of similar length, padded within budget, or alone: [5, 9, 4], 10: [[1], [0, 2]]."""
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fits = batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget
@@ -444,7 +436,7 @@ def score(model, tokenizer, rollouts: list[Rollout], golds: list | None, cfg: Co
     pi of what the policy wrote; b_0 .. b_{T-1}, the mean log pi of the tokens of golds[i][0] (Eq. 3)."""
     schema, golds = encode(tokenizer, SCHEMA), [encode_gold(tokenizer, gold) for gold in golds or []]
     logps, beliefs = [None] * len(rollouts), [[] for _ in rollouts]
-    # In the batches of the update: in bf16 others would give other roundings, and ratios that are not 1.
+    # In the batches of the update: in others bf16 rounds differently, and first ratios would not be 1.
     for batch in by_tokens([len(r.ids) for r in rollouts], cfg.batch_tokens):
         found = token_logps(unwrap(model), [rollouts[i] for i in batch], cfg.temperature, schema,
                             [golds[i] for i in batch if golds])
@@ -460,7 +452,8 @@ def info_gains(beliefs: list[float], gain: str = "prob") -> list[float]:
     """Eq. 4: what each search added to the belief, T beliefs giving T - 1 gains; of exp(b), or of b."""
     levels = [math.exp(b) for b in beliefs] if gain == "prob" else beliefs
     return [after - before for before, after in zip(levels, levels[1:])]
-mean, std = lambda values: fmean(list(values) or [0.0]), lambda values: pstdev(list(values) or [0.0])
+mean = lambda values: fmean(list(values) or [0.0])
+std = lambda values: math.sqrt(pvariance(list(values) or [0.0]))      # pstdev fails on a NaN
 
 # The gain, and arguments of turn_advantages. Pooled over all turns, the mean gain rewards or charges going
 # on; by turn, searches compete at one depth and when to stop is left to the outcome. Divided by the std,
@@ -470,15 +463,15 @@ RECIPES = {
     "igpo-v2": ("logprob", dict(pool="group", scale=True)),                 # the paper, v2
     "igpo-v1": ("prob", dict(pool="joint", scale=True)),                    # the paper, v1
     "grpo": (None, dict(scale=True)),                                       # DeepSeekMath, arXiv 2402.03300
-    "dr-grpo": (None, dict(scale=False)),                                   # arXiv 2503.20783
+    "dr-grpo": (None, dict(scale=False)),                             # arXiv 2503.20783, but for its loss
     "ig": ("prob", dict(pool="turn", scale=False, outcome=False))}          # the paper's ablation, table 3
 
 def turn_advantages(gains: list[list[float]], outcomes: list[float], pool: str = "turn", scale: bool = False,
                     outcome: bool = True, gamma: float = 1.0) -> list[list[float]]:
     """Eq. 5 and 6 for one group of G rollouts: the advantage of every turn of every rollout.
-    gains[i] has an entry less than rollout i has turns; 0 is a gain like any other. All are centred in pools:
+    gains[i] has one entry fewer than rollout i has turns; 0 is a gain like others. All are centred in pools:
     gains per "turn", per "group", or "joint" with the outcomes; scale: and divided by the std of the pool.
-    outcome=False: outcomes do not count. ValueError for a group of one, or what cannot be right.
+    outcome=False: outcomes do not count. ValueError for a group of one, or a number that is not finite.
     >>> turn_advantages([[1.0], [3.0]], [0.0, 1.0], "group", scale=True)     # gains: -1, +1; outcomes: -1, +1
     [[-2.0, -1.0], [2.0, 1.0]]"""
     if len(outcomes) < 2 or len(gains) != len(outcomes):
@@ -498,7 +491,7 @@ def turn_advantages(gains: list[list[float]], outcomes: list[float], pool: str =
     return [list(to_end(row))[::-1] for row in rewards]
 
 def recipe_credit(beliefs: list[list[float]], outcomes: list[float], cfg: Config, **_) -> list[list[float]]:
-    """Advantages of all groups of a step by the recipe of --credit; NaN, which update() skips, for a NaN."""
+    """Advantages of all groups of a step by --credit. A NaN belief makes all NaN: update() skips the step."""
     if not all(math.isfinite(b) for bs in beliefs for b in bs): return [[math.nan] * len(b) for b in beliefs]
     gain, how = RECIPES[cfg.credit]
     gains = [info_gains(b, gain) if gain else [0.0] * (len(b) - 1) for b in beliefs]
@@ -524,9 +517,10 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, clip: float = 0.2, k
     return -per_rollout.mean(), {name: values.sum().item() for name, values in stats.items()}
 
 def accumulate_gradient(model, rollouts, old, ref, advantages, cfg: Config, n: int = 0) -> dict:
-    """Gradient of Eq. 7 over these of n rollouts, in micro-batches that fit: their number does not change it.
-    old, ref: per rollout log-probs of the policy tokens; advantages: per rollout one per turn and its tokens.
-    Returns the stats of policy_loss, summed, "loss", and "ratio": of all tokens, the one farthest from 1."""
+    """Gradient of Eq. 7 over these rollouts, each weighing 1/n, in micro-batches, which do not change it.
+    n: rollouts of this update in all processes (0: these). old, ref: per rollout log-probs of its policy
+    tokens. advantages: per rollout one for each turn. Returns the stats of policy_loss, summed, "loss", and
+    "ratio": of all tokens, the one farthest from 1."""
     total = {"loss": 0.0, "tokens": 0.0, "kl": 0.0, "clipped": 0.0, "entropy": 0.0, "ratio": 1.0}
     for batch in by_tokens([len(r.ids) for r in rollouts], cfg.batch_tokens):
         part = [rollouts[i] for i in batch]
@@ -546,7 +540,7 @@ def accumulate_gradient(model, rollouts, old, ref, advantages, cfg: Config, n: i
 # Under torchrun each process plays, scores and learns from whole groups of its own; gradients are summed.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 def all_gather(items: list) -> list:
-    """The lists of all processes, one behind the other."""
+    """The lists of all processes, concatenated."""
     lists = [items] * WORLD
     if WORLD > 1: dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
@@ -595,14 +589,13 @@ def record(tokenizer, r: Rollout, question: dict, beliefs, outcome, advantages, 
     at = lambda values, t: values[t] if values and t < len(values) else None
     for t, (start, end) in enumerate(zip(r.boundaries, [*r.boundaries[1:], len(r.ids)])):
         text = tokenizer.decode([i for i, m in zip(r.ids[start:end], r.mask[start:end]) if m])
-        found = dict(enumerate(r.retrieved)).get(t, Results())      # one that failed is falsy
+        found = dict(enumerate(r.retrieved)).get(t, Results())      # a failed one is falsy
         turns.append({"text": text, "query": at(r.queries, t), "error": found.error, "cached": found.cached,
                      "passages": [*map(asdict, found)], "gain": at(gains, t), "advantage": at(advantages, t)})
     kept = {k: question[k] for k in ("id", "question", "answers", "supporting", "hops") if k in question}
     return {**kept, "answer": r.answer, "stop": r.stop, "f1": f1_score(r.answer, question["answers"]),
             "em": exact_match(r.answer, question["answers"]), "outcome": outcome, "beliefs": beliefs,
             "policy_tokens": sum(r.mask), "turns": turns}
-
 def step_metrics(records: list[dict], updates: list[dict], cfg: Config) -> dict:
     """The metrics of a step, which docs/metrics.md explains."""
     groups = [records[i:i + cfg.group] for i in range(0, len(records), cfg.group)]
@@ -621,8 +614,8 @@ def step_metrics(records: list[dict], updates: list[dict], cfg: Config) -> dict:
         **{f"stop_{how}": ended(how) for how in ("answer", "format", "length", "turns")},
         "answer_form": mean(SCHEMA[SCHEMA.rindex("<"):] in text for text in answers),
         "policy_tokens": sum(r["policy_tokens"] for r in records), "searches": len(searches),
-        "failed_searches": sum(bool(t["error"]) for t in turns), "skipped": len(updates) - len(done),
-        "cached_searches": sum(t["cached"] for t in turns), "loss": mean(u["loss"] for u in done),
+        "failed_searches": sum(bool(t["error"]) for t in turns), "loss": mean(u["loss"] for u in done),
+        "cached_searches": sum(t["cached"] for t in turns), "skipped": (len(updates) - len(done)) // WORLD,
         "clip_fraction": per_token("clipped"), "kl": per_token("kl"), "entropy": per_token("entropy"),
         "grad_norm": mean(u["grad_norm"] for u in done),
         "ratio_start": max((u["ratio"] for u in updates[::cfg.minibatches]), key=lambda x: abs(x - 1))}
@@ -640,7 +633,6 @@ def step_questions(questions: list[dict], step: int, cfg: Config) -> list[dict]:
     first, n = (step - 1) * cfg.questions, len(questions)
     order = lru_cache(lambda epoch: random.Random(f"{cfg.seed}-{epoch}").sample(range(n), n))
     return [questions[order(i // n)[i % n]] for i in range(first, first + cfg.questions)]
-
 def check_questions(model, tokenizer, questions: list[dict], cfg: Config) -> None:
     """UserError for a question that leaves no room for a turn."""
     context = context_length(unwrap(model))
@@ -659,9 +651,11 @@ def train(cfg: Config, credit=recipe_credit) -> Path:
     check_questions(model, tokenizer, questions + dev, cfg)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), cfg.lr, weight_decay=0)
     if cfg.resume: history = load_checkpoint(out, model, optimizer)
-    elif RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n", encoding="utf-8")
+    if RANK == 0:      # again after --resume, which may change some
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.json").write_text(json.dumps(asdict(replace(cfg, resume="")), indent=1), "utf-8")
+        except OSError as e: raise UserError(f"--out {out}: {first_line(e)}") from None
     print(f"{model.num_parameters(True) / 1e6:.2f}M LoRA parameters, {model.dtype} on {model.device}")
     try:
         for step in tqdm(range(len(history), cfg.steps + 1), unit="step", disable=True if RANK else None):
@@ -673,11 +667,11 @@ def train(cfg: Config, credit=recipe_credit) -> Path:
                 row.update(metrics)
             if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
                 row.update(evaluate(model, tokenizer, dev, search, cfg))
+            if RANK == 0: save_step(out, model, optimizer, [*history, row], records)
             history.append(row)
-            if RANK == 0: save_step(out, model, optimizer, history, records)
             tqdm.write(summary(row) + warning(history), sys.stdout)
     except BaseException as e:
-        print(f"stopped: {first_line(e)}. What was done is saved; go on with: python igpo.py --resume {out}")
+        print(f"stopped: {first_line(e)}.", f"Go on: python igpo.py --resume {out}" if history else "")
         raise
     print("Done. Dev F1 by step:", *(f"{r['step']}: {r['eval_f1']:.3f}" for r in history if "eval_f1" in r))
     print(f"Next: python eval.py --adapter {out}/{'best' if (out / 'best').is_dir() else 'checkpoint'}")
@@ -690,18 +684,20 @@ def summary(row: dict) -> str:
             "KL {kl:.3f}  {seconds:.1f} s") * bool(row["step"])
     dev = "  dev F1 {eval_f1:.3f}, EM {eval_em:.3f}" * ("eval_f1" in row)
     return ("step {step:>4}" + step + dev).format(**row)
-
 def warning(history: list[dict]) -> str:
-    """What went bad with the last step and was not so before it: people lose runs that collapse unseen."""
+    """What is wrong since the last step but was not before: runs collapse unnoticed."""
     def bad(rows):
         steps, f1 = [r for r in rows if r["step"]], [r["eval_f1"] for r in rows if "eval_f1" in r] or [0.0]
         lost = [r["stop_format"] + r["stop_length"] for r in steps] or [0.0]
         far = lambda key: len(steps) > 10 and steps[-1][key] > 10 * median(r[key] for r in steps) > 0
-        return {"most rollouts break the format or are cut": lost[-1] > 0.5 and min(lost) < 0.2,
+        return {"an update was not finite, and skipped": bool(steps) and steps[-1]["skipped"] > 0,
+                "most rollouts break the format or are cut": lost[-1] > 0.5 and min(lost) < 0.2,
                 "dev F1 is below half of its best": f1[-1] < max(f1) / 2,
                 **{f"{key} is ten times its median": far(key) for key in ("kl", "grad_norm")}}
     new = [what for what, is_so in bad(history).items() if is_so and not bad(history[:-1])[what]]
-    return f"\nwarning: since this step {', '.join(new)}; best/ has the best adapter" if new else ""
+    best = max(history, key=lambda r: r.get("eval_f1", -1))
+    kept = f"; best/ has the adapter of step {best['step']}" * ("eval_f1" in best)
+    return f"\nwarning: since this step {', '.join(new)}{kept}" if new else ""
 
 # ---- save and resume ---------------------------------------------------------------------------------------
 def save_adapter(model, folder: Path) -> None:
@@ -712,7 +708,7 @@ def save_adapter(model, folder: Path) -> None:
     for file in part.iterdir(): os.replace(file, folder / file.name)
     part.rmdir()
 def save_step(out: Path, model, optimizer, history: list[dict], records: list[dict]) -> None:
-    """Logs, adapters, and last state.pt, from which a run goes on: all that training changes is in it."""
+    """Logs, adapters, and last state.pt, all that --resume reads: a kill before it loses this step alone."""
     step, f1 = history[-1]["step"], [row.get("eval_f1", -1) for row in history]
     logs, best = {"metrics.jsonl": history[-1:], "rollouts.jsonl": records}, f1[-1] > max([-1, *f1[:-1]])
     try:
@@ -728,11 +724,14 @@ def save_step(out: Path, model, optimizer, history: list[dict], records: list[di
         os.replace(out / "checkpoint" / "state.part", out / "checkpoint" / "state.pt")
     except Exception as e:      # a full disk, as each library tells it
         raise UserError(f"step {step} cannot be saved in {out}: {first_line(e)}") from None
-
 def load_checkpoint(out: Path, model, optimizer) -> list[dict]:
-    """The metrics of the steps done. What the logs hold behind these is cut off, since it is done again."""
+    """The metrics of the steps done. Later lines of the logs are cut off: those steps are done again."""
     try:
         state = torch.load(out / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
+        if any((out / name).stat().st_size < size for name, size in state["logs"].items()):
+            raise ValueError("a log is shorter than it was")
+        if set(state["adapter"]) != {name for name, p in model.named_parameters() if p.requires_grad}:
+            raise ValueError("it has other layers")
         model.load_state_dict(state["adapter"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         for name, size in state["logs"].items(): os.truncate(out / name, size)
@@ -765,8 +764,9 @@ def parse_config(argv: list[str] | None = None, credits: dict = {}) -> Config:
             raise UserError(f"--{name} {value}: it must be at least {least}, and finite")
     if cfg.credit not in (names := [*RECIPES, *credits]):
         raise UserError(f"--credit {cfg.credit} is none of {', '.join(names)}. tools/comparators.py has more")
-    if cfg.minibatches > cfg.questions // WORLD * cfg.group: raise UserError("--questions: too few to divide")
-    if not resume and Path(cfg.out).is_dir() and any(Path(cfg.out).iterdir()):
+    if cfg.dtype not in ("auto", "float32", "bfloat16"): raise UserError("--dtype: float32, bfloat16 or auto")
+    if cfg.minibatches > cfg.questions // WORLD * cfg.group: raise UserError("--questions: too few to share")
+    if not resume and os.path.isdir(cfg.out) and os.listdir(cfg.out):
         raise UserError(f"{cfg.out} exists: go on (--resume {cfg.out}), delete it, or give another --out")
     return cfg
 
@@ -787,8 +787,8 @@ def main(argv: list[str] | None = None, credits: dict = {}) -> int:
         cfg, = all_gather([] if RANK else [parse_config(argv, credits)])      # before any process writes
         print("\n".join(f"{key:24}{value}" for key, value in asdict(cfg).items() if value != ""))
         train(cfg, credits.get(cfg.credit, recipe_credit))
-    except (SearchError, torch.OutOfMemoryError) as e:
-        hint = "" if isinstance(e, SearchError) else " Lower --rollout_batch or --batch_tokens and --resume."
+    except (UserError, torch.OutOfMemoryError) as e:
+        hint = "" if isinstance(e, UserError) else " Lower --rollout_batch or --batch_tokens and --resume."
         print(f"igpo: {first_line(e)}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt: return 130
@@ -796,5 +796,5 @@ def main(argv: list[str] | None = None, credits: dict = {}) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.stdout.reconfigure(errors="replace")           # any script, on a terminal that knows one
+    sys.stdout.reconfigure(errors="replace")           # any letter, on a terminal that knows few
     sys.exit(main())

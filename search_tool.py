@@ -57,7 +57,11 @@ DUCKDUCKGO = "https://html.duckduckgo.com/html/"
 TITLE = 200  # characters of a title that are shown
 
 
-class SearchError(Exception):
+class UserError(Exception):
+    """What the user can mend, in one line. Programs print it and exit with status 2."""
+
+
+class SearchError(UserError):
     """One line: what is wrong, where, how to mend it. Of a failed request also what may help: "again" (to ask
     less at once, a single query again), "less" (to ask less at once), "later" (to ask the same again), "".
     """

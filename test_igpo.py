@@ -216,7 +216,7 @@ NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no syst
     (CHAT + "<|im_start|>assistant{{ '\n' }}", "assistant\n<think>"),
     (NO_SYSTEM + CHAT + "<|im_start|>assistant{{ '\n' }}", "assistant\n<think>"),               # Gemma
     (CHAT.replace("m['content']", "m['content'] | trim") + "model:", "model:<think>"),
-    (CHAT + "<|im_start|>assistant\n<think>{{ '\n' }}", "assistant\n<think>\n"),                # QwQ
+    (CHAT + "<|im_start|>assistant\n<think>{{ '\n' }}", "assistant\n<think>"),                  # QwQ
     (CHAT + "<|im_start|>assistant\n<think>\n\n</think>{{ '\n\n' }}", "</think>\n\n<think>"),   # Qwen3
     ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}|{% endfor %}", "|<think>")])
 def test_prompts_of_other_templates(template, end, tokenizer):
@@ -389,7 +389,7 @@ def test_scores_of_the_reference(demo, played):
     base, _ = igpo.load_model(demo.cfg)         # a fresh adapter is the identity
     again = score(base, demo.tokenizer, rollouts, golds, demo.cfg)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(logps, again[0]))
-    with pytest.raises(ValueError, match="adapter"):
+    with pytest.raises(AttributeError, match="adapter"):
         igpo.reference(demo.lm)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import igpo
-from igpo import (DEMO, MAX_GOLD_TOKENS, Config, SearchError, UserError, encode_gold, encode_information,
+from igpo import (DEMO, MAX_GOLD_TOKENS, Config, UserError, encode_gold, encode_information,
                   encode_prompt, f1_score, load_questions, parse_turn)
 from search_tool import Passage, Results, clean_passage, clean_query, clean_text
 from tests.common import GOOD, LONG, copy_of, jsonl, one_line, rows_of, small_options, tiny_model
@@ -86,7 +86,7 @@ def test_the_values_in_force(tmp_path):
     '{"question": "\\ud800", "answers": ["x"]}', '{"question": "Who?", "answers": ["\\udc00x"]}',
     '{"question": "Who?", "answers": ["x"], "id": ' + "9" * 5000 + "}"])
 def test_bad_questions_get_file_and_line(line, tmp_path):
-    with pytest.raises(SearchError) as e:
+    with pytest.raises(UserError) as e:
         load_questions(jsonl(tmp_path / "q.jsonl", GOOD, "", line))
     assert "q.jsonl:3" in str(e.value) and "\n" not in str(e.value)
 
@@ -97,7 +97,7 @@ def test_bad_questions_get_file_and_line(line, tmp_path):
 def test_what_is_no_text_is_refused(content, tmp_path):
     """Never read with signs that stand for what could not be: they would be learned as golds."""
     (tmp_path / "q.jsonl").write_bytes(content)
-    with pytest.raises(SearchError, match="q.jsonl") as e:
+    with pytest.raises(UserError, match="q.jsonl") as e:
         load_questions(str(tmp_path / "q.jsonl"))
     assert "\n" not in str(e.value)
 
@@ -106,7 +106,7 @@ def test_what_is_no_file_of_questions(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() * 1000)[:-20])
     (tmp_path / "plain.jsonl.gz").write_text(GOOD)
     for name in ("", "none.jsonl", "cut.jsonl.gz", "plain.jsonl.gz"):
-        with pytest.raises(SearchError) as e:
+        with pytest.raises(UserError) as e:
             load_questions(str(tmp_path / name))
         assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
 
@@ -239,7 +239,7 @@ def test_noise_for_the_parsers(tmp_path):
                 for q in load_questions(str(tmp_path / name)):
                     assert f"{q['question']}{q['answers']}".encode() and all(a.strip() for a in q["answers"])
                 outcomes[name, "read"] += 1
-            except SearchError as e:
+            except UserError as e:
                 assert "\n" not in str(e) and name in str(e)
                 outcomes[name, "refused"] += 1
     assert len(outcomes) == 6 and min(outcomes.values()) > 10

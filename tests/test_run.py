@@ -202,7 +202,7 @@ def test_what_a_group_can_teach_is_counted_after_normalising():
 
 def history(**last):
     """Twelve quiet steps, and then this one."""
-    quiet = dict(stop_format=0.1, stop_length=0.0, kl=0.01, grad_norm=1.0)
+    quiet = dict(stop_format=0.1, stop_length=0.0, kl=0.01, grad_norm=1.0, skipped=0)
     return [{"step": 0, "eval_f1": 0.3}, *({"step": n, **quiet} for n in range(1, 13)),
             {"step": 13, **quiet, **last}]
 
@@ -210,10 +210,11 @@ def history(**last):
 @pytest.mark.parametrize("last, said", [
     ({}, ""), (dict(stop_format=0.3, stop_length=0.3), "format"), (dict(kl=0.11), "kl"),
     (dict(grad_norm=11.0), "grad_norm"), (dict(grad_norm=9.0, kl=0.09), ""),
-    (dict(eval_f1=0.14), "dev F1"), (dict(eval_f1=0.16), "")])
+    (dict(eval_f1=0.14), "dev F1"), (dict(eval_f1=0.16), ""), (dict(skipped=1), "not finite")])
 def test_warnings_by_hand(last, said):
     text = warning(history(**last))
-    assert said in text and bool(text) == bool(said) and text.count("\n") == bool(said)
+    assert said in text and bool(text) == bool(said) == text.endswith("best/ has the adapter of step 0")
+    assert text.count("\n") == bool(said)
     if said:                                             # said once, not at each step that is as bad
         assert warning([*history(**last), {**history(**last)[-1], "step": 14}]) == ""
         assert warning([*history(**last), *history()[-1:]]) == ""
@@ -221,7 +222,7 @@ def test_warnings_by_hand(last, said):
 
 def test_no_warning_without_a_history():
     assert warning([{"step": 0, "eval_f1": 0.0}]) == "" == warning(history()[:1] + history(kl=9.0)[-1:])
-    always = {"step": 1, "stop_format": 0.9, "stop_length": 0.0, "kl": 0.0, "grad_norm": 0.0}
+    always = {"step": 1, "stop_format": 0.9, "stop_length": 0.0, "kl": 0.0, "grad_norm": 0.0, "skipped": 0}
     assert warning([always, {**always, "step": 2}]) == ""                     # it never knew the format
 
 

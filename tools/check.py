@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import igpo
 from igpo import Config, Rollout, mean
-from search_tool import Results, SearchError, answer_words, first_line, load_questions, open_search
+from search_tool import Results, UserError, answer_words, first_line, load_questions, open_search
 from tools.comparators import CREDITS
 from tools.memory import free_memory, largest_sizes, memory_card, model_config, tool_config
 from tools.metrics import covers
@@ -333,7 +333,7 @@ def context(t: Trial):
               f"{turns:,} at most")
     try:
         igpo.check_questions(t.model, t.tokenizer, t.questions, t.cfg)
-    except SearchError as e:
+    except UserError as e:
         return "fail", f"{figure}; {first_line(e)}", "or take a model of longer context"
     cut = mean(r.stop == "length" for r in t.rollouts)
     mend = "raise --max_new_tokens; or --max_turns and --max_info_tokens are more than the model can read"
@@ -491,7 +491,7 @@ def main(argv: list[str] | None = None) -> int:
         corpus = cfg.search or "bm25:" + igpo.locate(f"{cfg.data}/corpus.jsonl")
         search = open_search(corpus, cfg.search_cache)
         return check(Trial(cfg, *igpo.load_model(cfg), questions, search))
-    except SearchError as e:
+    except UserError as e:
         print(f"check: {first_line(e)}", file=sys.stderr)
         return 2
 

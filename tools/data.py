@@ -32,8 +32,7 @@ from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from tqdm import tqdm
 
-from igpo import UserError, first_line
-from search_tool import SearchError, normalise, open_search
+from search_tool import UserError, first_line, normalise, open_search
 
 BENCHMARKS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
@@ -532,7 +531,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.limit < 0 or args.dev < len(sources):
             raise UserError(f"--limit must be 0 or more, --dev {len(sources)} or more: one of each data set.")
         make(sources, out, args.limit, args.dev, args.seed)
-    except (UserError, SearchError, OSError) as e:
+    except (UserError, OSError) as e:
         print(f"tools.data: {first_line(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

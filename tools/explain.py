@@ -12,7 +12,7 @@ import torch
 
 import igpo
 from igpo import RECIPES, Config, Rollout, info_gains, mean, outcome_reward, std
-from search_tool import SearchError, first_line, load_questions, open_search
+from search_tool import UserError, first_line, load_questions, open_search
 from tools.memory import tool_config
 
 
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         questions = igpo.step_questions(train, 1, cfg)
         igpo.check_questions(model, tokenizer, questions, cfg)
         explain(cfg, model, tokenizer, questions, search)
-    except SearchError as e:
+    except UserError as e:
         print(f"explain: {first_line(e)}", file=sys.stderr)
         return 2
     return 0

@@ -39,8 +39,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from igpo import HEAD_CHUNK, Config, UserError, context_length, locate, parse_config, unwrap
-from search_tool import SearchError, first_line
+from igpo import HEAD_CHUNK, Config, context_length, locate, parse_config, unwrap
+from search_tool import UserError, first_line
 
 PROMPT = 300        # tokens of a prompt: the instruction, the chat template, a question
 BLOCK = 20          # tokens around search results: their tags and the next <think>
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = tool_config(options)
         model = skeleton(cfg)
-    except SearchError as e:
+    except UserError as e:
         print(f"memory: {first_line(e)}", file=sys.stderr)
         return 2
     free, longest = free_memory(), own.longest

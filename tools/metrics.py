@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from igpo import UserError, mean
-from search_tool import SearchError, clean_text, exact_match, f1_score, first_line, normalise
+from igpo import mean
+from search_tool import UserError, clean_text, exact_match, f1_score, first_line, normalise
 
 METRICS = {     # name: (heading, unit, what it is)
     "f1_paper": ("F1", "%", "word F1 with the best gold alias, sets of words (the authors' convention)"),
@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         print(comparison(args.a, args.b, args.metric))
-    except SearchError as e:
+    except UserError as e:
         print(f"tools.metrics: {first_line(e)}", file=sys.stderr)
         return 2
     return 0

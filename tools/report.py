@@ -28,8 +28,8 @@ import peft
 import torch
 import transformers
 
-from igpo import TURN, UserError, mean
-from search_tool import SearchError, first_line
+from igpo import TURN, mean
+from search_tool import UserError, first_line
 from tools.metrics import (METRICS, STOPS, is_number, markdown_table, name_key, read_jsonl, read_rollouts,
                            summarise, write_whole)
 
@@ -384,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"written: {args.o}")
         else:
             print(f"written: {report(args.folder)}")
-    except (SearchError, OSError) as e:
+    except (UserError, OSError) as e:
         print(f"tools.report: {first_line(e)}", file=sys.stderr)
         return 2
     return 0

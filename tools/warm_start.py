@@ -34,8 +34,8 @@ import torch
 from transformers import AutoConfig
 
 import igpo
-from igpo import Config, Rollout, UserError, encode, unwrap
-from search_tool import (Passage, SearchError, clean_query, f1_score, load_questions, open_search,
+from igpo import Config, Rollout, encode, unwrap
+from search_tool import (Passage, UserError, clean_query, f1_score, load_questions, open_search,
                          read_passages)
 
 DEFAULTS = {"out": "warm", "steps": 60, "lr": 3e-4, "questions": 8, "group": 4}
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         said = warm_start(cfg, **vars(own))
         (Path(cfg.out) / "warm_start.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
         print(f"written to {cfg.out}")
-    except SearchError as e:
+    except UserError as e:
         print(f"warm_start: {e}", file=sys.stderr)
         return 2
     return 0
