@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")       # before torch comes: more t
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (AutoTokenizer, DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel,
                           LogitsProcessor, PreTrainedTokenizerFast)
 
@@ -229,6 +229,18 @@ def test_prompts_of_other_templates(template, end, tokenizer):
     assert text.count("<|im_start|>") <= 2 and "system" not in text
     control = lambda ids: [ids.count(i) for i in tokenizer.all_special_ids]
     assert control(ids) == control(encode_prompt(tokenizer, "Who?"))        # no text becomes a control token
+
+
+def test_a_base_model_begins_as_its_tokenizer_does(tokenizer):
+    """Llama's and Gemma's put a BOS before every text; a chat template writes its own."""
+    plain = encode_prompt(tokenizer, "Who?")
+    bos = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    start = processors.TemplateProcessing(single="<|im_end|> $A", special_tokens=[("<|im_end|>", bos)])
+    tokenizer.backend_tokenizer.post_processor = start
+    assert encode_prompt(tokenizer, "Who?") == plain
+    tokenizer.chat_template = None
+    base = encode_prompt(tokenizer, "Who?")
+    assert base[0] == bos and base.count(bos) == 1 and tokenizer.decode(base[1:]).startswith("Answer the")
 
 
 @pytest.mark.parametrize("template", [

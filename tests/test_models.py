@@ -81,10 +81,11 @@ def test_a_mixture_of_experts_is_told_what_lora_does_not_reach(tmp_path, capsys)
 # ---- the update sees what was scored ----
 
 @pytest.mark.parametrize("kind, changes", [
-    ("gpt2", {}), ("qwen2", dict(attention_dropout=0.5)), ("gemma3", {})])
+    ("gpt2", {}), ("qwen2", dict(attention_dropout=0.5)), ("gemma3", {}),
+    ("opt", dict(dropout=0.5, attention_dropout=0.5, layerdrop=0.5))])
 def test_dropout_is_off_and_recomputing_changes_nothing(kind, changes, cfg, demo, tmp_path):
-    """GPT-2 comes with dropouts of 0.1; of Gemma-3 a part learns nothing, the one that sees. The ratio is 1,
-    the gradient that of an update that keeps all."""
+    """GPT-2 comes with dropouts of 0.1; OPT drops in the layers that recompute; of Gemma-3 a part learns
+    nothing, the one that sees. The ratio is 1, the gradient that of an update that keeps all."""
     folder, found, forwards = tiny_model(tmp_path, kind, **changes), [], []
     for recompute in (False, True):
         cfg = replace(cfg, model=folder, gradient_checkpointing=recompute, kl_coef=0.0, max_turns=2)
@@ -95,7 +96,7 @@ def test_dropout_is_off_and_recomputing_changes_nothing(kind, changes, cfg, demo
         old, _ = score(model, tokenizer, rollouts, None, cfg)
         optimizer, calls = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0), []
         advantages = [[1.0] * len(r.boundaries) for r in rollouts]
-        mlp, = [m for name, m in unwrap(model).named_modules() if name.endswith(("h.1.mlp", "layers.1.mlp"))]
+        mlp, = [m for name, m in unwrap(model).named_modules() if name.endswith(("h.1.mlp", "layers.1.mlp", "layers.1.fc1"))]
         hook = mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         stats, = update(model, optimizer, rollouts, old, old, advantages, cfg)
         hook.remove()
