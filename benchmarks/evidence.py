@@ -193,6 +193,18 @@ def overview(finals: list[dict], settings, earlier: dict) -> list[str]:
         rows.append(([setting, flags(setting, earlier)], cells))
     return by_regime(["setting", "options"], rows)
 
+SHORT = ("igpo", "grpo, centred", "grpo, z-scored", "grpo, z-scored, no penalty", "igpo v2", "igpo v1",
+         "dr-venus", "stepsearch")
+
+def short(finals: list[dict]) -> list[str]:
+    """The README's table: two regimes, and the value of --credit alone."""
+    rows = []
+    for setting in SHORT:
+        cells = [[show(f[key] for f in of(finals, regime, setting).values()) for key in ("test_f1", "area")]
+                 for regime in ("mixed", "sparse")]
+        rows.append([setting, f"`{RUN[setting]['credit']}`", *sum(cells, [])])
+    return table(["", "`--credit`", "mixed: test F1", "area", "sparse: test F1", "area"], rows, left=2)
+
 def less(ours: dict[int, dict], theirs: dict[int, dict], but=()) -> list[str]:
     """[test F1, area] of the first less the second, of the seeds that both have and `but` has not."""
     both = sorted(set(ours) & set(theirs) - set(but))
@@ -312,7 +324,7 @@ def text(finals: list[dict]) -> list[str]:
     chosen = [pair for pair in PAIRS if "igpo" in pair]
     return [
         HEAD, "", f"{code}. *Earlier code* stands before options that are no more.",
-        "", "## The main settings", "", *overview(finals, MAIN, earlier),
+        "", "## In short", "", *short(finals), "", "## The main settings", "", *overview(finals, MAIN, earlier),
         "", "## Paired differences, of the same seeds", "", *differences(finals, PAIRS, {}),
         "", "Of seeds that had no part in the choice of *igpo*:", "", *differences(finals, chosen, CHOSEN_ON),
         "", "## The ablation", "", *ablation(finals, earlier),
