@@ -72,7 +72,7 @@ class Config:
     passages: int = option(3, "passages per search", 1)
     max_info_tokens: int = option(500, "tokens of search results per turn, shared among the passages", 0)
     temperature: float = option(1.0, "sampling temperature, also used in scoring", 0.01)
-    credit: str = option("igpo", "how turns are rewarded: a name of RECIPES")
+    credit: str = option("igpo", "reward of turns: igpo, igpo-v1, igpo-v2, grpo, dr-grpo, ig; see RECIPES")
     format_penalty: float = option(-0.1, "outcome of a rollout without an answer (lambda_fmt, Eq. 2)")
     lr: float = option(2e-5, "learning rate of AdamW, constant; the gradient's norm is clipped at 1", 0)
     minibatches: int = option(1, "optimizer updates per step, each on its part of the rollouts", 1)
@@ -429,7 +429,6 @@ def by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
         fits = batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget
         batches[-1].append(i) if fits else batches.append([i])
     return batches
-
 @torch.no_grad()
 def score(model, tokenizer, rollouts: list[Rollout], golds: list | None, cfg: Config):
     """(logps, beliefs) by the model as it stands, within reference(model) by the reference. Per rollout: log
@@ -489,7 +488,6 @@ def turn_advantages(gains: list[list[float]], outcomes: list[float], pool: str =
             rewards[i][t] = (value - middle) / (spread if scale else 1.0) if spread > STD_FLOOR else 0.0
     to_end = lambda row: accumulate(reversed(row), lambda later, r: r + gamma * later)              # Eq. 6
     return [list(to_end(row))[::-1] for row in rewards]
-
 def recipe_credit(beliefs: list[list[float]], outcomes: list[float], cfg: Config, **_) -> list[list[float]]:
     """Advantages of all groups of a step by --credit. A NaN belief makes all NaN: update() skips the step."""
     if not all(math.isfinite(b) for bs in beliefs for b in bs): return [[math.nan] * len(b) for b in beliefs]
@@ -728,13 +726,13 @@ def load_checkpoint(out: Path, model, optimizer) -> list[dict]:
     """The metrics of the steps done. Later lines of the logs are cut off: those steps are done again."""
     try:
         state = torch.load(out / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
-        if any((out / name).stat().st_size < size for name, size in state["logs"].items()):
-            raise ValueError("a log is shorter than it was")
+        sizes = state["logs"].items()
+        if any((out / name).stat().st_size < size for name, size in sizes): raise ValueError("a log was cut")
         if set(state["adapter"]) != {name for name, p in model.named_parameters() if p.requires_grad}:
             raise ValueError("it has other layers")
         model.load_state_dict(state["adapter"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-        for name, size in state["logs"].items(): os.truncate(out / name, size)
+        for name, size in sizes: os.truncate(out / name, size)
         return state["history"]
     except Exception as e:
         raise UserError(f"{out}: cannot be resumed ({first_line(e)}): damaged, or of another model") from None
@@ -744,12 +742,14 @@ GROUPS = {"model": "data and run", "questions": "episode", "credit": "learning",
 MAY_CHANGE = {"resume", "steps", "eval_every", "rollout_batch", "batch_tokens", "gradient_checkpointing"}
 def parse_config(argv: list[str] | None = None, credits: dict = {}) -> Config:
     """What is given, over the values of the demo (no --model) or of the resumed run, over the defaults."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    wide = partial(argparse.HelpFormatter, max_help_position=36)
+    parser = argparse.ArgumentParser("igpo.py", "igpo.py [options]", formatter_class=wide, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"igpo: {message}; --help lists the options\n")
     for f in fields(Config):
         group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
         how = {"action": argparse.BooleanOptionalAction} if f.default is True else {"type": type(f.default)}
-        text = f"{f.metadata['help']} ({f.default}{f'; demo: {DEMO[f.name]}' if f.name in DEMO else ''})"
+        values = [str(f.default), f"demo: {DEMO[f.name]}" if f.name in DEMO else ""]
+        text = f"{f.metadata['help']} ({'; '.join(filter(None, values))})".removesuffix(" ()")
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
     resume = given.get("resume")
