@@ -205,6 +205,32 @@ def short(finals: list[dict]) -> list[str]:
         rows.append([setting, f"`{RUN[setting]['credit']}`", *sum(cells, [])])
     return table(["", "`--credit`", "mixed: test F1", "area", "sparse: test F1", "area"], rows, left=2)
 
+RECENT = ("igpo", "igpo v2", "igpo v1", "grpo, centred", "grpo, z-scored", "dr-venus", "dr-venus-scaled",
+          "a2tgpo", "dbelief", "random-baseline")
+
+def newer(finals: list[dict]) -> list[str]:
+    """A row a regime and recipe: F1, area, turns, and igpo less it on the same seeds."""
+    rows = []
+    for regime in ("mixed", "sparse"):
+        ours = of(finals, regime, "igpo")
+        for setting in RECENT:
+            if runs := of(finals, regime, setting):
+                of_all = lambda key: igpo.mean(f[key] for f in runs.values())
+                apart = less(ours, runs) if setting != "igpo" else ["", ""]
+                rows.append([regime, setting, len(runs), *(show(f[key] for f in runs.values())
+                                                           for key in ("test_f1", "area")),
+                             f"{of_all('turns_start'):.1f} -> {of_all('turns_end'):.1f}", *apart])
+    head = ["seeds", "test F1", "area", "turns", "igpo − it: test F1", "area"]
+    return table(["regime", "recipe", *head], rows, left=2)
+
+def by_step(curves: list[dict]) -> list[str]:
+    """Dev F1 of the default at some steps, a row a seed."""
+    f1 = {(c["seed"], c["step"]): c["dev_f1"] for c in curves
+          if (c["regime"], c["setting"]) == ("mixed", "igpo")}
+    steps = [step for step in (0, 5, 10, 20, 30) if any(key[1] == step for key in f1)]
+    rows = [[seed, *(f"{f1[seed, step]:.3f}" for step in steps)] for seed in sorted({key[0] for key in f1})]
+    return table(["seed", *(f"step {step}" for step in steps)], rows)
+
 def less(ours: dict[int, dict], theirs: dict[int, dict], but=()) -> list[str]:
     """[test F1, area] of the first less the second, of the seeds that both have and `but` has not."""
     both = sorted(set(ours) & set(theirs) - set(but))
@@ -324,10 +350,12 @@ def text(finals: list[dict]) -> list[str]:
     chosen = [pair for pair in PAIRS if "igpo" in pair]
     return [
         HEAD, "", f"{code}. *Earlier code* stands before options that are no more.",
+        "", "## The default, by seed", "", "Dev F1 of *igpo*, mixed.", "", *by_step(read_csv("curves")),
         "", "## In short", "", *short(finals), "", "## The main settings", "", *overview(finals, MAIN, earlier),
         "", "## Paired differences, of the same seeds", "", *differences(finals, PAIRS, {}),
         "", "Of seeds that had no part in the choice of *igpo*:", "", *differences(finals, chosen, CHOSEN_ON),
         "", "## The ablation", "", *ablation(finals, earlier),
+        "", "## Recipes, old and new", "", *newer(finals),
         "", "## Other settings, most of them explorations", "", *overview(finals, rest, earlier),
         "", "## What a step cost", "",
         f"Commit {EARLIER}: means over 4 steps of the mixed regime, one setting after another on a machine",

@@ -70,6 +70,8 @@ def test_evidence_tables_by_hand(place):
     assert "| igpo | `--credit igpo` | 0.900 ± 0.248 (3) | 0.450 ± 0.124 (3) |" in text             # main
     assert "| igpo − grpo, centred | 0.100 ± 0.248 (3) | 0.050 ± 0.124 (3) |" in text
     assert "| igpo − grpo, centred | 0.000, 0.200 | 0.000, 0.100 |" in text
+    assert "| mixed | grpo, centred | 3 | 0.800 ± 0.248 (3) | 0.400 ± 0.124 (3) | 4.0 -> 3.0 | 0.100 ±" in text
+    assert "| seed | step 0 |" in text and "| 5 | 0.000 |" in text
     ablation = "| gamma 0.9 | earlier code: `--gamma 0.9` | 0.750 | 0.375 | 0.050 | 0.025 |  |"
     assert ablation in text
     assert "**mixed** (2 to 4 hops, 2 steps; dev F1 of the warm start 0.100)" in text
