@@ -10,11 +10,12 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 
 import igpo
-from benchmarks import common, demo_diagnostics, evidence, real_text, speed
+from benchmarks import bridge, common, demo_diagnostics, evidence, gpu, real_text, speed
 from demo import make
 from search_tool import BM25, Passage, load_questions
 from tools import warm_start
@@ -263,6 +264,68 @@ def test_speed_from_end_to_end(tmp_path):
                          capture_output=True, text=True, cwd=ROOT, check=True)
     assert "the same rollouts on both sides" in (tmp_path / "speed_old.md").read_text()
     assert 0.7 < float(re.search(r"\| all .*\*\*(.*)\*\*", ran.stdout)[1]) < 1.4
+
+# ---- bridge ----------------------------------------------------------------------------------------------
+def test_auc_and_its_table_by_hand():
+    """Right 2, 1 against wrong 1, 0: of four pairs three are in order and one is a tie."""
+    assert bridge.auc(np.array([2.0, 1.0]), np.array([1.0, 0.0])) == 0.875
+    row = lambda i, right, gain: {"id": i, "right": right, "holds": False, "turn": 0, "before": -4.0,
+                                  "before_best": -4.0, "after": gain - 4.0, "after_best": -4.0,
+                                  "random": -4.0, "random_best": -4.0}
+    table = bridge.auc_table([row("a", True, 2.0), row("a", False, 1.0), row("b", True, 1.0),
+                              row("b", False, 0.0)], draws=20)
+    assert "| right, wrong searches | 2, 2 | 2, 2 |" in "\n".join(table)
+    assert any(line.startswith("| logprob | 0.88 [") for line in table)
+    assert any(line.startswith("| logprob, best form | 0.50 [") for line in table)
+    assert bridge.gold_forms(["a Spirit", "Oss"]) == ["a Spirit", "a spirit", "A Spirit", "Oss", "oss"]
+
+def test_bridge_reads_the_beliefs_that_igpo_scores(tmp_path, monkeypatch):
+    """Read from left to right with a cache that is cropped, they are those of one forward (real_text)."""
+    two = [q for q in load_questions(ROOT / "demo/dev.jsonl") if len(q["supporting"]) == 2][:2]
+    (tmp_path / "q.jsonl").write_text(lines(two))
+    options = ["--model", "demo/policy", "--data", "demo", "--questions", str(tmp_path / "q.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["bridge", *options, "--out", str(tmp_path / "b")])
+    bridge.main()
+    monkeypatch.setattr(sys, "argv", ["real_text", *options, "--out", str(tmp_path / "r"),
+                                      "--figure", str(tmp_path / "r.png")])
+    real_text.main()
+    with open(tmp_path / "b.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file.readlines()[1:]))
+    for ours, theirs in zip(rows, real_text.read_csv(tmp_path / "r.csv")[0], strict=True):
+        for key in ("before", "after"):
+            assert float(ours[key]) == pytest.approx(theirs[key], abs=2e-3)
+            assert float(ours[f"{key}_best"]) >= float(ours[key])
+        assert (ours["right"] == "True") == theirs["supporting"]
+
+@pytest.mark.parametrize("path", sorted(common.HERE.glob("bridge*.csv")), ids=lambda path: path.stem)
+def test_committed_signals_are_what_the_table_says(path, tmp_path, monkeypatch):
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(sys, "argv", ["bridge", "--tables", "--out", str(tmp_path / path.name)])
+    bridge.main()
+    assert (tmp_path / path.name).with_suffix(".md").read_text() == path.with_suffix(".md").read_text()
+
+# ---- gpu -------------------------------------------------------------------------------------------------
+def test_gpu_in_small():
+    """Without CUDA a tiny shape goes the whole way; its last line has what the log of a GPU has."""
+    if gpu.CUDA:
+        pytest.skip("on a GPU it measures the real shape, for minutes")
+    ran = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    found, log = json.loads(ran.stdout.splitlines()[-1]), (common.HERE / "gpu.log").read_text().splitlines()
+    logged = next(json.loads(line) for line in log if line.startswith("{"))
+    assert found.keys() == logged.keys() and found["ratio_start"] == pytest.approx(1, abs=1e-3)
+    assert min(found["step_s"], found["decode_ms"], found["peak_computed_gb"]) > 0
+
+def test_gpu_compares_within_a_time(tmp_path, capsys):
+    options = ["--compare", "igpo,dr-venus", "--minutes", "5", "--out", str(tmp_path), "--steps", "1",
+               "--questions", "1", "--group", "2", "--max_turns", "2", "--eval_every", "0"]
+    for _ in range(2):                                          # the second finds all done
+        gpu.main(options)
+        with open(tmp_path / "curves.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert [(r["setting"], r["step"]) for r in rows] == [(name, step) for name in ("dr-venus", "igpo")
+                                                             for step in "01"]
+    assert capsys.readouterr().out.count("done: ") == 2
 
 @pytest.mark.skipif(not LONG, reason="IGPO_LONG is not set")
 def test_diagnostics_of_a_few_questions():

@@ -1,8 +1,8 @@
 """Which signal finds the bridge? The raw reward of a search, by recipe, against what the search brought.
 
-    python -m benchmarks.signal                                    # the demo: rollouts that its policy samples
-    python -m benchmarks.signal --model MODEL --data FOLDER --out benchmarks/signal_hotpotqa     # scripted ones
-    python -m benchmarks.signal --tables [--out ..]                # the table again, from <out>.csv
+    python -m benchmarks.bridge                                    # the demo: rollouts that its policy samples
+    python -m benchmarks.bridge --model MODEL --data FOLDER --out benchmarks/bridge_hotpotqa     # scripted ones
+    python -m benchmarks.bridge --tables [--out ..]                # the table again, from <out>.csv
 
 A search is *right* if it brought a supporting passage that none before it had brought. Each reward is judged
 by the area under the ROC curve: how often a right search has more of it than a wrong one, ties counting half
@@ -46,7 +46,6 @@ from benchmarks.real_text import rollout_of
 from search_tool import Passage, Results, answer_words, load_questions, open_search
 from tools.warm_start import teachable
 
-KINDS = {"before": "", "after": "", "random": ""}
 REWARDS = {
     "prob": lambda r, form="": math.exp(r["after" + form]) - math.exp(r["before" + form]),
     "logprob": lambda r, form="": r["after" + form] - r["before" + form],
@@ -66,9 +65,8 @@ COLUMNS = {
 
 def gold_forms(aliases: list[str]) -> list[str]:
     """The first alias as it is comes first."""
-    return list(
-        dict.fromkeys(form.strip() for a in aliases for form in (a, a.lower(), a[:1].upper() + a[1:]))
-    )
+    forms = (form.strip() for a in aliases for form in (a, a.lower(), a[:1].upper() + a[1:]))
+    return list(dict.fromkeys(forms))
 
 @torch.no_grad()
 def walk(
@@ -102,16 +100,9 @@ def walk(
         cache.crop(-len(block))
         read(r.ids[policy:end])
         before, now = now, beliefs()
-        rows.append(
-            {
-                "turn": t,
-                **{
-                    name + form: values[i]
-                    for name, values in (("before", before), ("after", now), ("random", swapped))
-                    for i, form in enumerate(("", "_best"))
-                },
-            }
-        )
+        found = {"before": before, "after": now, "random": swapped}
+        rows.append({"turn": t, **{name + form: values[i] for name, values in found.items()
+                                   for i, form in enumerate(("", "_best"))}})
     return rows
 
 def measure(
@@ -133,34 +124,23 @@ def measure(
 def of_the_demo(args) -> list[dict]:
     cfg = igpo.Config(**{**igpo.DEMO, "group": 4})
     model, tokenizer = igpo.load_model(cfg)
-    corpus, questions = (
-        igpo.locate("demo/corpus.jsonl"),
-        load_questions(igpo.locate("demo/dev.jsonl"))[: args.limit],
-    )
-    search, draw = open_search(f"bm25:{corpus}"), random.Random(0)
+    questions = load_questions(igpo.locate("demo/dev.jsonl"))[: args.limit]
+    search, draw = open_search(f"bm25:{igpo.locate('demo/corpus.jsonl')}"), random.Random(0)
     torch.manual_seed(0)
     rollouts = igpo.rollout(model, tokenizer, questions, search, cfg)
-    asked = [q for q in questions for _ in range(cfg.group)]
-    pool = [p for r in rollouts for found in r.retrieved for p in found]
-    return [
-        row
-        for q, r in tqdm([*zip(asked, rollouts)])
-        for row in measure(
-            igpo.unwrap(model), tokenizer, q, r, r.retrieved[: len(r.boundaries) - 1], pool, draw, cfg
-        )
-    ]
+    pool, rows = [p for r in rollouts for found in r.retrieved for p in found], []
+    for q, r in zip(tqdm([q for q in questions for _ in range(cfg.group)]), rollouts):
+        shown = r.retrieved[: len(r.boundaries) - 1]
+        rows += measure(igpo.unwrap(model), tokenizer, q, r, shown, pool, draw, cfg)
+    return rows
 
 def of_data(args) -> list[dict]:
-    cfg, corpus = (
-        igpo.Config(model=args.model, gradient_checkpointing=False),
-        igpo.locate(f"{args.data}/corpus.jsonl"),
-    )
+    cfg = igpo.Config(model=args.model, gradient_checkpointing=False)
+    corpus = igpo.locate(f"{args.data}/corpus.jsonl")
     model, tokenizer = igpo.load_model(cfg)
     search, draw, rows = open_search(f"bm25:{corpus}"), random.Random(0), []
     asked = teachable(load_questions(igpo.locate(args.questions or f"{args.data}/dev.jsonl")), corpus)
-    asked = [
-        (q, some) for q, some in asked if len(some) == 2 and q["answers"][0].lower() not in ("yes", "no")
-    ][: args.limit]
+    asked = [(q, some) for q, some in asked if len(some) == 2 and not yes_no(q)][: args.limit]
     pool = [p for _, some in asked for p in some]
     for q, (one, two) in tqdm(asked):
         best = [p for p in search.search(q["question"], 8) if p.id not in (one.id, two.id)][:2]
@@ -169,6 +149,9 @@ def of_data(args) -> list[dict]:
             r = rollout_of(tokenizer, q["question"], path, cfg)
             rows += measure(igpo.unwrap(model), tokenizer, q, r, [[p] for p in path], pool, draw, cfg)
     return rows
+
+def yes_no(q: dict) -> bool:
+    return q["answers"][0].lower() in ("yes", "no")
 
 def auc(right: np.ndarray, wrong: np.ndarray) -> float:
     """How often a right one is above a wrong one, ties counting half.
@@ -181,31 +164,23 @@ def auc(right: np.ndarray, wrong: np.ndarray) -> float:
     return float(above.mean() / len(wrong)) if len(right) and len(wrong) else math.nan
 
 def auc_table(rows: list[dict], draws: int = 500) -> list[str]:
-    ids = sorted({r["id"] for r in rows})
-    lines, rng = [], np.random.default_rng(0)
-    weights = [np.bincount(rng.integers(len(ids), size=len(ids)), minlength=len(ids)) for _ in range(draws)]
-    number = {name: i for i, name in enumerate(ids)}
-    counts = []
+    """A line for each reward; "-" where there is no search of that kind."""
+    number = {name: i for i, name in enumerate(sorted({r["id"] for r in rows}))}
+    ids, right = np.array([number[r["id"]] for r in rows]), np.array([r["right"] for r in rows])
+    columns = [(right & [takes(r) for r in rows], ~right & [against(r) for r in rows])
+               for takes, against in COLUMNS.values()]
+    size, rng = len(number), np.random.default_rng(0)
+    weights = [np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(draws)]
+    lines = [["right, wrong searches", *(f"{yes.sum()}, {no.sum()}" for yes, no in columns)]]
     for name, reward in REWARDS.items():
-        cells = []
-        for takes, against in COLUMNS.values():
-            some = [
-                [(number[r["id"]], reward(r)) for r in rows if r["right"] == kind and fits(r)]
-                for kind, fits in ((True, takes), (False, against))
-            ]
-            counts.append(tuple(map(len, some)))
-            ids_of, values = zip(
-                *[
-                    tuple(map(np.array, zip(*part))) if part else (np.array([], int), np.array([]))
-                    for part in some
-                ]
-            )
-            drawn = [auc(*(np.repeat(v, w[i]) for i, v in zip(ids_of, values))) for w in weights]
-            low, high = np.nanpercentile(drawn, [2.5, 97.5])
-            cells.append(f"{auc(*values):.2f} [{low:.2f}, {high:.2f}]")
-        lines.append([name, *cells])
-    sizes = ["right, wrong searches", *(f"{a}, {b}" for a, b in counts[: len(COLUMNS)])]
-    return table(["reward", *COLUMNS], [sizes, *lines])
+        values, cells = np.array([reward(r) for r in rows]), []
+        for both in columns:
+            drawn = [auc(*(np.repeat(values[one], w[ids[one]]) for one in both)) for w in weights]
+            some = [value for value in drawn if not math.isnan(value)] or [math.nan]
+            low, high = np.percentile(some, [2.5, 97.5])
+            cells.append(f"{auc(*(values[one] for one in both)):.2f} [{low:.2f}, {high:.2f}]")
+        lines.append([name, *(cell if "nan" not in cell else "-" for cell in cells)])
+    return table(["reward", *COLUMNS], lines)
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -215,16 +190,15 @@ def main() -> None:
     parser.add_argument("--data", default="", help="folder of dev.jsonl and corpus.jsonl")
     parser.add_argument("--questions", default="", help="questions, if not <data>/dev.jsonl")
     parser.add_argument("--limit", type=int, help="only the first so many questions")
-    parser.add_argument("--out", type=Path, default=HERE / "signal", help="writes <out>.csv and <out>.md")
+    parser.add_argument("--out", type=Path, default=HERE / "bridge", help="writes <out>.csv and <out>.md")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    path, types = (
-        args.out.with_suffix(".csv"),
-        {"id": str, "right": lambda v: v == "True", "holds": lambda v: v == "True", "turn": int},
-    )
+    path = args.out.with_suffix(".csv")
+    types = {"id": str, "right": "True".__eq__, "holds": "True".__eq__, "turn": int}
     if not args.tables:
         rows = of_data(args) if args.model else of_the_demo(args)
-        about = f"# {commit()}, {machine()}; {args.model and Path(args.model).name or 'the demo'}, {len({r['id'] for r in rows})} questions"
+        name = Path(args.model).name or "the demo"
+        about = f"# {commit()}, {machine()}; {name}, {len({r['id'] for r in rows})} questions"
         with open(path, "w", newline="", encoding="utf-8") as file:
             file.write(about + "\n")
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -238,7 +212,7 @@ def main() -> None:
     lines = [
         "# Which signal finds the bridge?",
         "",
-        f"{about}. What stands here is told at the top of benchmarks/signal.py.",
+        f"{about}. What stands here is told at the top of benchmarks/bridge.py.",
         "",
         *auc_table(rows),
     ]
