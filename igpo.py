@@ -743,7 +743,7 @@ MAY_CHANGE = {"resume", "steps", "eval_every", "rollout_batch", "batch_tokens", 
 def parse_config(argv: list[str] | None = None, credits: dict = {}) -> Config:
     """What is given, over the values of the demo (no --model) or of the resumed run, over the defaults."""
     wide = partial(argparse.HelpFormatter, max_help_position=36)
-    parser = argparse.ArgumentParser("igpo.py", "igpo.py [options]", formatter_class=wide, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", formatter_class=wide, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"igpo: {message}; --help lists the options\n")
     for f in fields(Config):
         group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group

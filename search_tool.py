@@ -211,6 +211,8 @@ def make_passage(row: dict, score: float = 0.0) -> Passage:
 def read_rows(path):
     """Yields (file:line, object) of a .jsonl or .jsonl.gz file. SearchError names a line that is none."""
     packed, number, line = str(path).endswith(".gz"), 0, b""
+    if str(path).endswith(".parquet"):
+        raise SearchError(f"{path}: no jsonl; python -m tools.data {path} makes a folder of it for --data")
     try:
         total = None if packed else os.path.getsize(path)
         bar = tqdm(desc=f"reading {path}", unit="B", unit_scale=True, total=total, delay=1)

@@ -17,7 +17,7 @@ from huggingface_hub import close_session, constants
 
 import tools.data as data
 from igpo import UserError
-from search_tool import read_passages
+from search_tool import load_questions, read_passages
 
 ROOT = Path(data.__file__).parent.parent
 
@@ -496,8 +496,23 @@ def test_what_is_left_out_of_a_folder(tmp_path, capsys):
     assert sorted(names) == ["h0", "h1", "h2", "h3", "h5", "h9"]
 
 
+def test_questions_alone(tmp_path, capsys):
+    """Search-R1's layout, without passages, becomes a folder for a search of the user's own."""
+    rows = [{"id": f"t{k}", "question": f"Who leads town {k}?", "golden_answers": ["Mira Oss"],
+             "prompt": [{"role": "user", "content": "Answer the given question."}],
+             "reward_model": {"ground_truth": {"target": ["Mira Oss"]}, "style": "rule"}} for k in range(4)]
+    path = write(tmp_path / "sr1.jsonl", [*rows, rows[0], {"question": "q" * 2000, "answers": ["a"]}])
+    assert data.main([path, "--out", str(tmp_path / "o"), "--dev", "1", "--no_corpus"]) == 0
+    said = capsys.readouterr().out
+    assert "3 training questions, 1 dev questions" in said and "--search bm25:CORPUS.jsonl" in said
+    assert "asked twice: 1" in said and "question or answer too long: 1" in said
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["dev.jsonl", "train.jsonl"]
+    some = load_questions(tmp_path / "o/train.jsonl") + load_questions(tmp_path / "o/dev.jsonl")
+    assert sorted((q["question"], *q["answers"]) for q in some) == [(r["question"], "Mira Oss") for r in rows]
+
+
 @pytest.mark.parametrize("arguments, message", [
-    (["nq"], "nq carries no passages. .*--train FILE --dev FILE --search"),
+    (["nq"], "nq carries no passages. .*--search.*--no_corpus"),
     (["nothing.jsonl"], "neither a file nor one of hotpotqa, 2wiki"),
     (["ours.jsonl"], "questions without passages: 4.*--search"), (["one.json"], "too few questions"),
     (["bad.json"], r'bad.json:.*question 2: field "context.text"'),

@@ -3,6 +3,7 @@
     python -m tools.data hotpotqa                        makes data/hotpotqa: train, dev and corpus .jsonl
     python -m tools.data hotpotqa musique --limit 8000   8,000 training questions, a corpus of their passages
     python -m tools.data my_hotpot.json --dev 50         the same from a file whose rows carry passages
+    python -m tools.data nq --no_corpus                  questions alone, for a corpus or server of your own
 
 The corpus holds the passages that the data set itself carries. So BM25 on this computer is enough to train
 with, and no retrieval server is needed. docs/data.md describes the layouts, and what is refused or left out.
@@ -41,7 +42,7 @@ CARRYING = {"hotpotqa": (FLASHRAG, "hotpotqa/{}.jsonl"),
             "2wikimultihopqa": (FLASHRAG, "2wikimultihopqa/{}.jsonl"),
             "musique": ("dgslibisey/MuSiQue", "musique_ans_v1.0_{}.jsonl")}
 TRAIN = "python igpo.py --model Qwen2.5-1.5B-Instruct"
-CORPUS_WANTED = f"Give it a corpus or a server: {TRAIN} --train FILE --dev FILE --search bm25:CORPUS.jsonl"
+CORPUS_WANTED = "With a corpus or a server of your own (--search): add --no_corpus"
 LONGEST_QUESTION, LONGEST_ANSWER = 1000, 200      # characters
 # A list or an object that str() made a text of: "['Ann']", "{'target': array(['Ann'])}".
 STRINGIFIED = re.compile(r"\s*(?:array\()?[\[{][\[{(\s]*['\"].*[\]})]\s*", re.DOTALL)
@@ -405,10 +406,16 @@ def yes_or_no(question: dict) -> bool:
     return key(question["answers"][0]) in ("yes", "no")
 
 
-def collect(path: str, source: str, corpus: dict, seen: Counter, left_out: Counter) -> list[dict]:
-    """The questions of a file that can be trained on; their passages join the corpus."""
+def collect(path: str, source: str, corpus: dict | None, seen: Counter, left_out: Counter) -> list[dict]:
+    """The questions of a file that can be trained on; their passages join the corpus, if any."""
     questions = []
     for place, row, question in question_rows(path, seen):
+        long = (len(question["question"]) > LONGEST_QUESTION
+                or min(map(len, question["answers"])) > LONGEST_ANSWER)
+        if corpus is None:
+            left_out["question or answer too long"] += long
+            questions += [] if long else [{"data_source": source, **question}]
+            continue
         try:
             passages = passages_of(row)
         except ValueError as e:
@@ -425,7 +432,7 @@ def collect(path: str, source: str, corpus: dict, seen: Counter, left_out: Count
         answers = question["answers"]
         if not ids:
             left_out["questions without passages"] += 1
-        elif len(question["question"]) > LONGEST_QUESTION or min(map(len, answers)) > LONGEST_ANSWER:
+        elif long:
             left_out["question or answer too long"] += 1
         elif not yes_or_no(question) and not any(holds(f"{p[0]} {p[1]}", answers) for p in passages):
             left_out["no answer in the passages"] += 1
@@ -464,11 +471,11 @@ def draw(splits: list[list], limit: int, dev_size: int, seed: int, left_out: Cou
     return sample(new(train, in_dev, "also a dev question"), limit, seed), dev
 
 
-def make(sources: dict[str, str], out: Path, limit: int, dev_size: int, seed: int) -> None:
+def make(sources: dict[str, str], out: Path, limit: int, dev_size: int, seed: int, no_corpus=False) -> None:
     """Write train.jsonl, dev.jsonl and corpus.jsonl of {name or file: label}, and say what is in them."""
-    corpus, seen, left_out, splits = {}, Counter(), Counter(), []
+    corpus, seen, left_out, splits = None if no_corpus else {}, Counter(), Counter(), []
     for name, label in sources.items():
-        repo, file = CARRYING.get(name, ("", ""))
+        repo, file = CARRYING.get(name, (FLASHRAG, f"{name}/{{}}.jsonl") if name in BENCHMARKS else ("", ""))
         paths = [download(repo, file.format(split)) for split in ("train", "dev")] if repo else [name, None]
         splits.append([collect(str(path), label, corpus, seen, left_out) if path else [] for path in paths])
     train, dev = draw(splits, limit, dev_size, seed, left_out)
@@ -476,22 +483,29 @@ def make(sources: dict[str, str], out: Path, limit: int, dev_size: int, seed: in
     if not train or not dev:
         raise UserError(f"{' '.join(sources)}: too few questions for train and dev. Left out: {reasons}. "
                         f"{CORPUS_WANTED if left_out['questions without passages'] else ''}")
-    used = {name for question in train + dev for name in question["passages"]}
-    passages = [passage for passage in corpus.values() if not limit or passage["id"] in used]
+    used = {name for question in train + dev for name in question.get("passages", ())}
+    passages = [passage for passage in (corpus or {}).values() if not limit or passage["id"] in used]
     questions = [[{k: v for k, v in q.items() if k != "passages"} for q in rows] for rows in (train, dev)]
     files = dict(zip(("train.jsonl", "dev.jsonl", "corpus.jsonl"), (*questions, passages)))
+    if no_corpus:
+        del files["corpus.jsonl"]
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         with open(out / f"{name}.part", "w", encoding="utf-8") as file:
             for row in tqdm(rows, f"writing {name}", delay=1):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    for name in files:      # all three or, after an error, what was there before
+    for name in files:      # all or, after an error, what was there before
         os.replace(out / f"{name}.part", out / name)
+    train_it = f"Train: {TRAIN} --data {shlex.quote(str(out))}"
+    if no_corpus:
+        print(f"{out}: {len(train):,} training questions, {len(dev):,} dev questions.\nLeft out: {reasons}.\n"
+              f"{train_it} --search bm25:CORPUS.jsonl (or a server: docs/search.md)")
+        return
     print(f"{out}: {len(train):,} training questions, {len(dev):,} dev questions, {len(passages):,} passages"
           f"{', those of the questions drawn alone' if limit else ''}.\nLeft out: {reasons}.\n"
           f"Yes/no questions, which no passage need answer: {sum(map(yes_or_no, train + dev)):,}.")
     show_recall(dev, out / "corpus.jsonl")
-    print(f"Train: {TRAIN} --data {shlex.quote(str(out))}")
+    print(train_it)
 
 
 def show_recall(dev: list[dict], corpus: Path) -> None:
@@ -515,22 +529,24 @@ def main(argv: list[str] | None = None) -> int:
     add("names", nargs="+", metavar="NAME", help=f"{', '.join(CARRYING)}, or a file whose rows hold passages")
     add("--out", default="", help="folder to write; empty: data/<names joined by +>")
     add("--overwrite", action="store_true", help="write into a folder that is there already")
+    add("--no_corpus", action="store_true", help="questions alone, also of other data sets")
     add("--limit", type=int, default=0, help="training questions drawn, with their passages alone; 0: all")
     add("--dev", type=int, default=200, help="dev questions drawn, as many of each data set")
     add("--seed", type=int, default=0, help="seed of what is drawn")
     args = parser.parse_args(argv)
     try:
         for name in args.names:
-            if name not in CARRYING and not Path(name).is_file():
+            known = BENCHMARKS if args.no_corpus else CARRYING
+            if name not in known and not Path(name).is_file():
                 raise UserError(f"{name} carries no passages. {CORPUS_WANTED}" if name in BENCHMARKS else
                                 f"{name}: neither a file nor one of {', '.join(CARRYING)}.")
-        sources = {name: name if name in CARRYING else Path(name).name.split(".")[0] for name in args.names}
+        sources = {name: name if name in known else Path(name).name.split(".")[0] for name in args.names}
         out = Path(args.out or Path("data", "+".join(sources.values())))
         if out.exists() and not args.overwrite:
             raise UserError(f"{out}: exists. Choose another --out, or add --overwrite.")
         if args.limit < 0 or args.dev < len(sources):
             raise UserError(f"--limit must be 0 or more, --dev {len(sources)} or more: one of each data set.")
-        make(sources, out, args.limit, args.dev, args.seed)
+        make(sources, out, args.limit, args.dev, args.seed, args.no_corpus)
     except (UserError, OSError) as e:
         print(f"tools.data: {first_line(e)}", file=sys.stderr)
         return 2
