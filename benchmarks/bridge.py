@@ -1,8 +1,8 @@
 """Which signal finds the bridge? The raw reward of a search, by recipe, against what the search brought.
 
-    python -m benchmarks.bridge                                    # the demo: rollouts that its policy samples
-    python -m benchmarks.bridge --model MODEL --data FOLDER --out benchmarks/bridge_hotpotqa     # scripted ones
-    python -m benchmarks.bridge --tables [--out ..]                # the table again, from <out>.csv
+    python -m benchmarks.bridge                               # the demo: rollouts that its policy samples
+    python -m benchmarks.bridge --model MODEL --data FOLDER --out benchmarks/bridge_hotpotqa      # scripted
+    python -m benchmarks.bridge --tables [--out ..]           # the table again, from <out>.csv
 
 A search is *right* if it brought a supporting passage that none before it had brought. Each reward is judged
 by the area under the ROC curve: how often a right search has more of it than a wrong one, ties counting half
@@ -17,7 +17,7 @@ Rewards, from the mean log-probability of the gold's tokens before the search, a
 passage of another question in the place of what it brought:
 
   prob             exp(after) - exp(before): igpo, igpo-v1, ig
-  logprob          after - before: igpo-v2, dr-venus, dr-venus-scaled, a2tgpo (these divide and shift it by group)
+  logprob          after - before: igpo-v2, dr-venus, dr-venus-scaled, a2tgpo (which then divide it by group)
   positive         max(after - before, 0): dbelief
   prob, random     exp(after) - exp(after random): random-baseline
   logprob, random  after - after random: IG-Search
@@ -72,8 +72,8 @@ def gold_forms(aliases: list[str]) -> list[str]:
 def walk(
     lm, tokenizer, r: igpo.Rollout, probes: list[list[int]], skip: int, others: list[Passage], cfg
 ) -> list[dict]:
-    """The beliefs around each search of a rollout, read once from left to right: what is only tried is taken out
-    of the cache again. probes: tokens that lead to a gold, the first `skip` of them its way there."""
+    """The beliefs around each search of a rollout, read once from left to right: what is only tried is taken
+    out of the cache again. probes: tokens that lead to a gold, the first `skip` of them its way there."""
     cache = DynamicCache()
 
     def read(ids: list[int]):

@@ -1,23 +1,26 @@
-"""What a step of a 1.5B model costs on one GPU, and where the time goes: one command, under four minutes on a GPU.
+"""What a step of a 1.5B model costs on one GPU, and where the time goes. Under four minutes on a GPU.
 
-    python -m benchmarks.gpu                 Qwen2.5-1.5B's shape on CUDA; without CUDA a tiny shape, as a smoke test
-    python -m benchmarks.gpu --compare igpo,dr-grpo --seeds 2 --minutes 12 --model FOLDER --data FOLDER [--steps 30 ..]
+    python -m benchmarks.gpu        Qwen2.5-1.5B's shape on CUDA; without CUDA a tiny shape, as a smoke test
+    python -m benchmarks.gpu --compare igpo,dr-grpo --seeds 2 --minutes 12 --model FOLDER --data FOLDER ..
 
-The first measures the code as it is: random weights of that shape, the defaults of igpo.py (8 questions x 8 rollouts, 5 turns, LoRA 16,
-bf16). A random model closes no tag, so each turn is ended after 60 to 140 tokens, drawn by a seed, and counts as a search that brings
-150 tokens; a prompt has 300. Nothing is downloaded. In one run, one after the other:
+The first measures the code as it is: random weights of that shape, the defaults of igpo.py (8 questions x 8
+rollouts, 5 turns, LoRA 16, bf16). A random model closes no tag, so each turn is ended after 60 to 140 tokens,
+drawn by a seed, and counts as a search that brings 150 tokens; a prompt has 300. Nothing is downloaded. In one
+run, one after the other:
 
-  step      igpo.train_step, three times; the first warms up. Seconds by phase, policy tokens a second, peak memory
-  decode    milliseconds per decoding step of one turn of all rows, all included (reading the prompt, capturing), beside the same
-            by `generate` as it comes: a cache that grows, no graph, the adapter as PEFT keeps it
+  step      igpo.train_step, three times; the first warms up. Seconds by phase, policy tokens a second, peak
+  decode    milliseconds per decoding step of one turn of all rows, all included (reading the prompt,
+            capturing), beside the same by `generate` as it comes: a cache that grows, no graph, the adapter as
+            PEFT keeps it
   parts     of that decoding step: the replay of the graph alone, and what is left around it
   score     with the beliefs and without them, and the update, at several --batch_tokens
   ids       with the graph and without it, same seed: the share of rollouts that are equal
   memory    the peak beside what tools/memory.py computes for this run
   capture   a model whose forward cannot be captured goes on without a graph
 
-The last line is one JSON object. With --compare it trains the named recipes one after the other, seed by seed, until the minutes are
-over; the same command goes on from there. All curves go to one CSV, OUT/curves.csv. Other options are igpo.py's.
+The last line is one JSON object. With --compare it trains the named recipes one after the other, seed by seed,
+until the minutes are over; the same command goes on from there. All curves go to one CSV, OUT/curves.csv.
+Other options are igpo.py's.
 """
 
 import argparse
@@ -61,7 +64,7 @@ def timed(work) -> tuple[float, object]:
     return clock() - start, result
 
 def make_model(shape: str, cfg: igpo.Config):
-    """(model, tokenizer) as igpo.load_model gives them, with random weights and an adapter that does something."""
+    """(model, tokenizer) as igpo.load_model gives them, of random weights, with an adapter that counts."""
     hidden, layers, heads, keys, mlp, words = SHAPES[shape]
     config = Qwen2Config(
         hidden_size=hidden,
@@ -101,7 +104,7 @@ class ForcedLength(StoppingCriteria):
         return input_ids.shape[1] - self.start >= self.lengths
 
 class Forced:
-    """Stands in for what a random model cannot do: turns of a drawn length, each of them a search that finds something."""
+    """Stands in for what a random model cannot do: turns of a drawn length, each a search that finds."""
 
     def __init__(self, cfg: igpo.Config, prompt: int, shown: int, turn: tuple[int, int], vocabulary: int):
         self.rng, self.turn, self.prompt, self.shown, self.queue = random.Random(0), turn, prompt, shown, []
@@ -190,8 +193,9 @@ def measure(
         rows.append(row)
         print(
             f"step {step}: {row['seconds']:.2f} s = rollouts {row['seconds_rollout']:.2f} + score and reference "
-            f"{row['seconds_score']:.2f} + update {row['seconds_update']:.2f}; {row['policy_tokens']:,} policy tokens, ratio_start "
-            f"{row['ratio_start']:.4f}, peak {row['peak_gb']:.2f} GiB, left behind {row['left_mb']:.1f} MB",
+            f"{row['seconds_score']:.2f} + update {row['seconds_update']:.2f}; "
+            f"{row['policy_tokens']:,} policy tokens, ratio_start {row['ratio_start']:.4f}, "
+            f"peak {row['peak_gb']:.2f} GiB, left behind {row['left_mb']:.1f} MB",
             flush=True,
         )
     rest = rows[1:] or rows
@@ -211,8 +215,9 @@ def measure(
     longest, golds = max(len(r.ids) for r in rollouts), [["Tavo Velmar"]] * len(rollouts)
     found["peak_computed_gb"] = memory_card(model, cfg, tokens=longest)["peak"] / 2**30
     print(
-        f"memory: longest rollout {longest} tokens, {sum(len(r.ids) for r in rollouts):,} in all; peak {found['peak_gb']:.2f} GiB, computed "
-        f"{found['peak_computed_gb']:.2f} GiB for this length, {memory_card(model, cfg)['peak'] / 2**30:.2f} GiB at most"
+        f"memory: longest rollout {longest} tokens, {sum(len(r.ids) for r in rollouts):,} in all; "
+        f"peak {found['peak_gb']:.2f} GiB, computed {found['peak_computed_gb']:.2f} GiB for this length, "
+        f"{memory_card(model, cfg)['peak'] / 2**30:.2f} GiB at most"
     )
 
     old, _ = igpo.score(model, tokenizer, rollouts, None, cfg)
@@ -236,8 +241,8 @@ def measure(
         share = (seconds["with"] - seconds["without"]) / found["step_s"]
         found.setdefault("belief_share", share)
         print(
-            f"{tokens:,} tokens a forward: score {seconds['with']:.2f} s, {seconds['without']:.2f} s without beliefs (these are {share:.1%} of a "
-            f"step); update {learned:.2f} s, peak {peak:.2f} GiB",
+            f"{tokens:,} tokens a forward: score {seconds['with']:.2f} s, {seconds['without']:.2f} s without "
+            f"beliefs (these are {share:.1%} of a step); update {learned:.2f} s, peak {peak:.2f} GiB",
             flush=True,
         )
     optimizer.zero_grad(set_to_none=True)
@@ -251,8 +256,9 @@ def measure(
     found.update(decode_ms=ours / length * 1000, decode_vs_generate=plain / ours)
     replay = replay_ms(lm, with_graph, length)
     print(
-        f"decode, {len(with_graph)} rows, prompt {prompt}, {length} tokens: {found['decode_ms']:.2f} ms a step, all included; plain generate "
-        f"{plain / length * 1000:.2f} ms: {found['decode_vs_generate']:.1f} times faster. Of it the replay takes {replay:.2f} ms"
+        f"decode, {len(with_graph)} rows, prompt {prompt}, {length} tokens: {found['decode_ms']:.2f} ms a step, "
+        f"all included; plain generate {plain / length * 1000:.2f} ms: {found['decode_vs_generate']:.1f} times "
+        f"faster. Of it the replay takes {replay:.2f} ms"
     )
     short = max(8, length // 4)
     with_graph = new_turn(model, tokenizer, forced, cfg, short)
@@ -261,7 +267,8 @@ def measure(
     del lm.no_graph
     equal = sum(a.ids == b.ids for a, b in zip(with_graph, without_graph)) / len(with_graph)
     print(
-        f"ids with and without the graph, same seed: {equal:.0%} of {len(with_graph)} rollouts equal; without it {without / short * 1000:.1f} ms a step"
+        f"ids with and without the graph, same seed: {equal:.0%} of {len(with_graph)} rollouts equal; "
+        f"without it {without / short * 1000:.1f} ms a step"
     )
 
     if CUDA:  # a forward that asks the GPU for a number cannot be captured
@@ -270,13 +277,11 @@ def measure(
         )
         refused = new_turn(model, tokenizer, forced, cfg, 8)
         asking.remove()
-        print(
-            f"a forward that cannot be captured: {'went on without' if vars(lm).pop('no_graph', False) else 'was captured'}"
-        )
+        went = "went on without" if vars(lm).pop("no_graph", False) else "was captured"
+        print(f"a forward that cannot be captured: {went}")
         again = new_turn(model, tokenizer, forced, cfg, 8)
-        print(
-            f"after that a graph again, {sum(a.ids == b.ids for a, b in zip(refused, again))} of {len(again)} rollouts equal"
-        )
+        equal = sum(a.ids == b.ids for a, b in zip(refused, again))
+        print(f"after that a graph again, {equal} of {len(again)} rollouts equal")
     return found
 
 def compare(args, rest: list[str]) -> None:
