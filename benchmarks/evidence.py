@@ -380,40 +380,50 @@ def read_csv(name: str) -> list[dict]:
         return [{key: TEXTS.get(key, float)(value) for key, value in row.items() if value}
                 for row in csv.DictReader(file)]
 
-PANELS = {"normalisation and format penalty":
+PANELS = {"normalisation, format penalty":
           ("igpo", "grpo, centred", "grpo, z-scored", "grpo, z-scored, no penalty", "igpo v2"),
-          "other rewards for turns": ("igpo", "stepsearch", "reasonrag", "gigpo")}
+          "other rewards for turns": ("igpo", "stepsearch", "reasonrag", "gigpo"),
+          "newer recipes": ("igpo", "dr-venus", "dr-venus-scaled", "a2tgpo", "dbelief", "random-baseline")}
 
 def plot(curves: list[dict]) -> None:
-    """Dev F1 by step: a column a regime, a row a question."""
-    frame = figure(ROOT / "docs/evidence.png", len(PANELS), len(HOPS), (13, 7), sharey=True, sharex="col")
-    with frame as (fig, axes):
-        for row, (title, settings) in zip(axes, PANELS.items()):
-            drawn = {}
-            for axis, regime in zip(row, HOPS):
-                for setting in settings:
-                    seeds, by_step = set(), defaultdict(list)
-                    for c in curves:
-                        if (c["regime"], c["setting"]) == (regime, setting):
-                            by_step[c["step"]].append(c["dev_f1"])
-                            seeds.add(c["seed"])
-                    if seeds:
-                        steps, color = sorted(by_step), f"C{list(MAIN).index(setting)}"
-                        values = [by_step[step] for step in steps]
-                        line, = axis.plot(steps, list(map(statistics.mean, values)), color=color, marker="o",
-                                          markersize=3, linestyle="-" if len(seeds) > 2 else "--")
-                        axis.fill_between(steps, list(map(min, values)), list(map(max, values)), color=color,
-                                          alpha=0.12, linewidth=0)
-                        drawn.setdefault(setting, line)
-                axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 5, 10]))
-            row[0].set_ylabel(f"{title}\n\ndev F1 (greedy)")
-            row[0].legend(drawn.values(), drawn, frameon=False, loc="lower right", fontsize=9)
-        for axis, regime in zip(axes[0], HOPS):
-            axis.set_title(f"{regime}: {hops_of(regime)}", loc="left")
+    """Dev F1 by step. evidence.png: a row a regime, a column a question; curves.png: the README's two."""
+    draw(curves, "evidence", [[(f"{regime}: {title}", regime, settings) for title, settings in PANELS.items()]
+                              for regime in HOPS], (9.5, 10))
+    settings = next(iter(PANELS.values()))
+    draw(curves, "curves", [[(f"{regime}, {hops_of(regime)}", regime, settings)
+                             for regime in ("mixed", "sparse")]], (9, 4))
+
+def draw(curves: list[dict], name: str, panels: list[list], size: tuple[float, float]) -> None:
+    """panels: rows of (title, regime, settings)."""
+    with figure(ROOT / f"docs/{name}.png", len(panels), len(panels[0]), size, sharey=True) as (fig, axes):
+        for axis, (title, regime, settings) in zip(axes.flat, sum(panels, [])):
+            for i, setting in enumerate(settings):
+                seeds, by_step = set(), defaultdict(list)
+                for c in curves:
+                    if (c["regime"], c["setting"]) == (regime, setting):
+                        by_step[c["step"]].append(c["dev_f1"])
+                        seeds.add(c["seed"])
+                if not seeds:
+                    axis.plot([], color=f"C{i}", linestyle="--", marker="o", markersize=3, label=setting)
+                    continue
+                steps = sorted(by_step)
+                values = [by_step[step] for step in steps]
+                axis.plot(steps, list(map(statistics.mean, values)), color=f"C{i}", marker="o", markersize=3,
+                          linestyle="-" if len(seeds) > 2 else "--", label=setting)
+                axis.fill_between(steps, list(map(min, values)), list(map(max, values)), color=f"C{i}",
+                                  alpha=0.12, linewidth=0)
+            axis.set_title(title, loc="left", fontsize=11)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 5, 10]))
+            axis.set_visible(sum(len(line.get_xdata()) > 0 for line in axis.lines) > 1)
         for axis in axes[-1]:
             axis.set_xlabel("step")
-        fig.suptitle("Line: mean over seeds, dashed where there are one or two; band: worst to best seed",
-                     fontsize=10)
+        for axis in axes[-1] if len(panels) > 1 else ():
+            axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+        if len(panels) == 1:
+            fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("dev F1 (greedy)")
+        fig.suptitle("Line: mean over seeds, dashed if one or two; band: worst to best seed", fontsize=10)
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter

@@ -99,23 +99,23 @@ def histogram(rows: list[dict], path: Path) -> None:
     rows = [r for r in rows if not r["yes_no"]]
     gain = GAINS["logprob"]
     edges = np.linspace(*np.percentile([gain(r) for r in rows], [1, 99]), 28)
-    kinds = {"supporting, the answer stands in it": ("C0", lambda r: r["supporting"] and r["holds"]),
-             "supporting, the answer does not": ("C2", lambda r: r["supporting"] and not r["holds"]),
+    kinds = {"supporting, with the answer": ("C0", lambda r: r["supporting"] and r["holds"]),
+             "supporting, without": ("C2", lambda r: r["supporting"] and not r["holds"]),
              "distractor": ("C1", lambda r: not r["supporting"])}
-    with figure(path, columns=2, size=(11, 3.8), sharey=True) as (fig, axes):
+    with figure(path, columns=2, size=(9.5, 3.6), sharey=True) as (fig, axes):
         for turn, axis in enumerate(axes[0]):
             for name, (color, fits) in kinds.items():
                 if some := [gain(r) for r in rows if r["turn"] == turn and fits(r)]:
                     axis.hist(np.clip(some, edges[0], edges[-1]), edges, weights=[1 / len(some)] * len(some),
                               histtype="step", linewidth=1.8, color=color,
-                              label=f"{name}: mean {igpo.mean(some):+.2f}")
+                              label=f"{name}: {igpo.mean(some):+.2f}")
                     axis.axvline(igpo.mean(some), ymax=0.06, color=color, linewidth=4)
             axis.axvline(0, color="black", linewidth=0.8)
             axis.set_title(f"{('first', 'second')[turn]} search", loc="left")
             axis.set_xlabel("information gain, nats per gold token")
             axis.legend(frameon=False, fontsize=9)
         axes[0][0].set_ylabel("share of gains")
-        fig.suptitle("Marks at the bottom: means. The outer bins include all that lies beyond", fontsize=9)
+        fig.suptitle("Figures and marks at the bottom: means. The outer bins include all that lies beyond", fontsize=9)
 
 def run(args: argparse.Namespace) -> tuple[list[dict], dict]:
     """(gains, what they were measured with)."""

@@ -8,8 +8,8 @@ import csv
 import igpo
 from benchmarks.common import HERE, ROOT, figure
 
-PANELS = {"eval_f1": "dev F1, greedy", "outcome_f1": "F1 of sampled rollouts, running mean of 5 steps",
-          "belief_gain": "belief gained by searches, running mean of 5 steps"}
+PANELS = {"eval_f1": "dev F1, greedy", "outcome_f1": "F1 of rollouts, mean of 5 steps",
+          "belief_gain": "belief gained, mean of 5 steps"}
 NAMES = {"igpo": "igpo", "grpo": "grpo, centred"}
 
 def running_mean(value: dict[int, float], width: int = 5) -> dict[int, float]:
@@ -18,7 +18,7 @@ def running_mean(value: dict[int, float], width: int = 5) -> dict[int, float]:
 def main() -> None:
     with open(HERE / "smollm2.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    with figure(ROOT / "docs" / "smollm2.png", columns=len(PANELS), size=(13, 3.9)) as (fig, axes):
+    with figure(ROOT / "docs" / "smollm2.png", columns=len(PANELS), size=(9.5, 3.6)) as (fig, axes):
         for axis, (key, title) in zip(axes[0], PANELS.items()):
             for color, setting in (("C0", "igpo"), ("C1", "grpo")):
                 seeds = []
