@@ -202,7 +202,7 @@ def short(finals: list[dict]) -> list[str]:
     for setting in SHORT:
         cells = [[show(f[key] for f in of(finals, regime, setting).values()) for key in ("test_f1", "area")]
                  for regime in ("mixed", "sparse")]
-        rows.append([setting, f"`{RUN[setting]['credit']}`", *sum(cells, [])])
+        rows.append([setting, flags(setting, {}).replace("--credit ", ""), *sum(cells, [])])
     return table(["", "`--credit`", "mixed: test F1", "area", "sparse: test F1", "area"], rows, left=2)
 
 RECENT = ("igpo", "igpo v2", "igpo v1", "grpo, centred", "grpo, z-scored", "dr-venus", "dr-venus-scaled",
