@@ -152,7 +152,8 @@ def weights_print(name: str, repo: str = "") -> str:
     path = Path(locate(name))
     if path.is_file():
         return fingerprint(path)
-    files = [f for f in sorted(path.glob("*")) if f.suffix in (".safetensors", ".bin", ".json", ".model")]
+    kinds = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
+    files = [f for f in sorted(path.glob("*")) if f.suffix in kinds]
     text = "\n".join(f"{file.name} {fingerprint(file)}" for file in files)
     if files:
         return hashlib.sha256(text.encode()).hexdigest()[:16]

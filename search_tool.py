@@ -165,7 +165,8 @@ def clean_query(query) -> str:
 
 
 def clean_passage(passage: Passage) -> Passage:
-    return Passage(passage.id, clean_text(passage.title, TITLE), clean_text(passage.text), passage.score)
+    name = passage.id.encode(errors="replace").decode()  # half of a surrogate pair cannot be written to a file
+    return Passage(name, clean_text(passage.title, TITLE), clean_text(passage.text), passage.score)
 
 
 def tokenize(text: str) -> list[str]:
@@ -258,6 +259,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+# What str() made of a list or an object, and what joins the aliases in the authors' parquet.
+LISTED = re.compile(r"\s*(array\()?[\[{][\[{(\s]*['\"].*[\]})]\s*|.*<\|answer_split\|>.*", re.DOTALL)
+
+
 def load_questions(path) -> list[dict]:
     """A jsonl file of {"question", "answers" (or "golden_answers"): [..]}, with "id" and "supporting" (ids or titles
     of passages) if they are known. SearchError names the field and line that is not so."""
@@ -269,10 +274,13 @@ def load_questions(path) -> list[dict]:
         for name, texts in fields.items():
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise SearchError(f'{where}: field "{name}" is not text; python -m tools.data reads other layouts')
+            if name == "answers" and any(map(LISTED.fullmatch, texts)):
+                raise SearchError(f'{where}: field "answers" holds a list as a text; write ["one", "two"]')
             if name != "supporting" and not any(text.strip() for text in texts):
                 raise SearchError(f'{where}: field "{name}" is empty')
-        answers, number = [text for text in answers if text.strip()], where.rpartition(":")[2]
-        rows.append({**row, "id": str(row.get("id", number)), "answers": answers, "supporting": supporting})
+        answers, name = [text for text in answers if text.strip()], row.get("id")
+        name = where.rpartition(":")[2] if name is None else str(name)
+        rows.append({**row, "id": name, "answers": answers, "supporting": supporting})
     if not rows:
         raise SearchError(f"{path} holds no question")
     return rows

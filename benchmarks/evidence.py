@@ -21,6 +21,7 @@ import math
 import os
 import shutil
 import statistics
+import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -80,7 +81,10 @@ def write_questions(folder: Path) -> None:
         for split in ("train", "dev", "test"):
             lines = (ROOT / f"demo/{split}.jsonl").read_text(encoding="utf-8").splitlines(True)
             text = "".join(line for line in lines if json.loads(line)["hops"] in hops)
-            (folder / f"{regime}-{split}.jsonl").write_text(text, encoding="utf-8")
+            path = folder / f"{regime}-{split}.jsonl"
+            if path.exists() and path.read_text(encoding="utf-8") != text:
+                raise SystemExit(f"{path} has other questions. Take another --folder.")
+            path.write_text(text, encoding="utf-8")
 
 def config(folder: Path, regime: str, setting: str, seed: int) -> igpo.Config:
     name = "".join(c if c.isalnum() else "_" for c in setting)
@@ -448,4 +452,5 @@ def main() -> None:
     tables(args.folder, args.keep)
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")           # ± on a terminal that does not know it
     main()

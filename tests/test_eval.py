@@ -501,7 +501,9 @@ def test_fingerprints_of_weights(tmp_path, monkeypatch):
     (tmp_path / "m/README.md").write_text("y")
     assert evaluation.weights_print(str(tmp_path / "m")) == first
     (tmp_path / "m/model.safetensors").write_bytes(b"1" * 99 + b"2")
-    assert evaluation.weights_print(str(tmp_path / "m")) != first
+    second = evaluation.weights_print(str(tmp_path / "m"))
+    (tmp_path / "m/chat_template.jinja").write_text("{{ messages }}")
+    assert len({first, second, evaluation.weights_print(str(tmp_path / "m"))}) == 3
 
 
 def searching(*failed):

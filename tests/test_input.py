@@ -83,12 +83,19 @@ def test_the_values_in_force(tmp_path):
     '{"question": "Who?", "answers": []}', '{"question": "Who?", "answers": [""]}',
     '{"question": "Who?", "answers": [3]}', '{"question": "Who?", "answers": {"a": "b"}}',
     '{"question": "Who?", "answers": ["x"], "supporting": 3}',
+    GOOD.replace('["', '["[\'').replace('"]', '\']"]'), '{"question": "Who?", "answers": ["x<|answer_split|>y"]}',
+    '{"question": "Who?", "answers": ["{\'target\': array([\'x\'])}"]}',
     '{"question": "\\ud800", "answers": ["x"]}', '{"question": "Who?", "answers": ["\\udc00x"]}',
     '{"question": "Who?", "answers": ["x"], "id": ' + "9" * 5000 + "}"])
 def test_bad_questions_get_file_and_line(line, tmp_path):
     with pytest.raises(UserError) as e:
         load_questions(jsonl(tmp_path / "q.jsonl", GOOD, "", line))
     assert "q.jsonl:3" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_an_id_of_null_is_the_line(tmp_path):
+    some = load_questions(jsonl(tmp_path / "q.jsonl", '{"id": null, "question": "Who?", "answers": ["[x]"]}', GOOD))
+    assert [q["id"] for q in some] == ["1", "2"] and some[0]["answers"] == ["[x]"]
 
 
 @pytest.mark.parametrize("content", [

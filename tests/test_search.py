@@ -559,6 +559,12 @@ def test_bytes_of_an_answer_that_are_not_utf8_spoil_one_passage():
         assert quick(server.url).search("q") == [Passage("1", "", "Zo\ufffd"), Passage("2", "", "Zoé")]
 
 
+def test_an_id_that_could_not_be_written_down():
+    answer = b'{"result": [[{"document": {"id": "a\\ud800", "text": "Zed"}}]]}'
+    with Server(lambda *_: (200, {}, answer)) as server:
+        assert quick(server.url).search("q") == [Passage("a?", "", "Zed")]
+
+
 @pytest.mark.parametrize("status, body", [(status, b"") for status in (202, 204, 301, 400, 401, 403, 404, 413, 422)] + [(200, body) for body in (
     b"", b"<html>", b"\xff\xfe", b"[" * 200_000, b"[]", b"{}", b"null", b'{"result": null}', b'{"result": []}', b'{"result": [[], []]}',
     b'{"result": [["a"]]}', b'{"result": [[{"document": null}]]}', b'{"result": ["abc"]}', b'{"result": [5]}')])

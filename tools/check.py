@@ -491,7 +491,7 @@ def main(argv: list[str] | None = None) -> int:
         corpus = cfg.search or "bm25:" + igpo.locate(f"{cfg.data}/corpus.jsonl")
         search = open_search(corpus, cfg.search_cache)
         return check(Trial(cfg, *igpo.load_model(cfg), questions, search))
-    except UserError as e:
+    except (UserError, torch.OutOfMemoryError) as e:
         print(f"check: {first_line(e)}", file=sys.stderr)
         return 2
 

@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         questions = igpo.step_questions(train, 1, cfg)
         igpo.check_questions(model, tokenizer, questions, cfg)
         explain(cfg, model, tokenizer, questions, search)
-    except UserError as e:
+    except (UserError, torch.OutOfMemoryError) as e:
         print(f"explain: {first_line(e)}", file=sys.stderr)
         return 2
     return 0

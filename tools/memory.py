@@ -196,4 +196,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")           # any script, on a terminal that knows one
     sys.exit(main())

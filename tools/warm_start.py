@@ -163,10 +163,11 @@ def main(argv: list[str] | None = None) -> int:
         said = warm_start(cfg, **vars(own))
         (Path(cfg.out) / "warm_start.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
         print(f"written to {cfg.out}")
-    except UserError as e:
+    except (UserError, torch.OutOfMemoryError) as e:
         print(f"warm_start: {e}", file=sys.stderr)
         return 2
     return 0
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")           # any script, on a terminal that knows one
     sys.exit(main())
