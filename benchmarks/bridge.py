@@ -16,8 +16,8 @@ by the area under the ROC curve: how often a right search has more of it than a 
 Rewards, from the mean log-probability of the gold's tokens before the search, after it, and after one random
 passage of another question in the place of what it brought:
 
-  prob             exp(after) - exp(before): igpo, igpo-v1, ig
-  logprob          after - before: igpo-v2, dr-venus, dr-venus-scaled, a2tgpo (which then divide it by group)
+  prob             exp(after) - exp(before): igpo, igpo-v1, ig, a2tgpo
+  logprob          after - before: igpo-v2, dr-venus, dr-venus-scaled (which then divide it by group)
   positive         max(after - before, 0): dbelief
   prob, random     exp(after) - exp(after random): random-baseline
   logprob, random  after - after random: IG-Search

@@ -349,11 +349,11 @@ def tables(folder: Path, keep: bool) -> None:
 def text(finals: list[dict]) -> list[str]:
     """The lines of evidence.md."""
     earlier = {f["setting"]: f["options"] for f in finals if "options" in f}
-    code = ", ".join(f"{n} runs by commit {name}" for name, n in Counter(f["commit"] for f in finals).items())
+    code = ", ".join(f"{n} run{'s' * (n > 1)} by commit {name}" for name, n in Counter(f["commit"] for f in finals).items())
     rest = [s for s in [*OTHERS, *earlier] if s not in {*MAIN, *ABLATION}]
     chosen = [pair for pair in PAIRS if "igpo" in pair]
     return [
-        HEAD, "", f"{code}. *Earlier code* stands before options that are no more.",
+        HEAD, "", f"{code}. *Earlier code* stands before options that are no more; a + behind a commit: and changes.",
         "", "## The default, by seed", "", "Dev F1 of *igpo*, mixed.", "", *by_step(read_csv("curves")),
         "", "## In short", "", *short(finals), "", "## The main settings", "", *overview(finals, MAIN, earlier),
         "", "## Paired differences, of the same seeds", "", *differences(finals, PAIRS, {}),
@@ -407,8 +407,8 @@ def draw(curves: list[dict], name: str, panels: list[list], size: tuple[float, f
                     if (c["regime"], c["setting"]) == (regime, setting):
                         by_step[c["step"]].append(c["dev_f1"])
                         seeds.add(c["seed"])
-                if not seeds:
-                    axis.plot([], color=f"C{i}", linestyle="--", marker="o", markersize=3, label=setting)
+                if not seeds:       # for the legend
+                    axis.plot([], color=f"C{i}", marker="o", markersize=3, label=setting)
                     continue
                 steps = sorted(by_step)
                 values = [by_step[step] for step in steps]
