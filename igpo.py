@@ -124,9 +124,9 @@ def locate(path: str) -> str:
 SCHEMA = "\nNow there's enough information to answer.\n</think>\n<answer>\n"      # then the gold, section 3.2
 INSTRUCTION = (
     "Answer the question. You can search as often as you need to. A turn has one of two forms. To search:\n\n"
-    "<think>\nwhat you need to find next\n</think>\n<search>\nwhat to look for\n</search>\n\n"
+    "<think>\n(what you need to find next)\n</think>\n<search>\n(what to look for)\n</search>\n\n"
     "The results come back between <information> and </information>, and your next turn begins. "
-    f"To answer, which ends the task:\n\n<think>{SCHEMA}the answer in a few words, nothing else\n</answer>")
+    f"To answer, which ends the task:\n\n<think>{SCHEMA}(your answer, in a few words)\n</answer>")
 TURN = re.compile(r"\s*(<think>)?(?P<why>.*?)</think>\s*<(?P<do>search|answer)>(?P<what>.*?)</(?P=do)>", re.S)
 TAG = re.compile(r"</?(think|search|answer|information)>")
 
