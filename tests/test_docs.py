@@ -1,5 +1,6 @@
 """docs/ against the code: each metric and field is explained, and what is named is there."""
 import ast
+import csv
 import re
 
 import pytest
@@ -77,3 +78,15 @@ def test_figures_of_runs_are_those_of_the_generated_tables(text):
     if text == "README.md":
         rows = rows_of_tables(section(README, "Do the gains help?"))
     assert len(rows) >= 8 and [row for row in rows if row not in made.splitlines()] == []
+
+
+def test_forms_of_the_instruction_are_those_of_the_csv():
+    with open(HERE / "benchmarks/forms.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    made = (HERE / "benchmarks/hotpotqa.md").read_text(encoding="utf-8")
+    for form in {row["form"] for row in rows}:
+        some = [row for row in rows if row["form"] == form]
+        total = lambda key: sum(float(row[key]) for row in some)
+        answered, n = sum(row["stop"] == "answer" for row in some), len(some)
+        assert (f"| {form} | {n} | {total('f1') / n:.2f} | {answered} | {total('searches') / n:.1f} | "
+                f"{total('recall') / n:.2f} | {total('copied'):.0f} | {total('probe_form'):.0f} |") in made
