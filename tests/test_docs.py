@@ -90,3 +90,14 @@ def test_forms_of_the_instruction_are_those_of_the_csv():
         answered, n = sum(row["stop"] == "answer" for row in some), len(some)
         assert (f"| {form} | {n} | {total('f1') / n:.2f} | {answered} | {total('searches') / n:.1f} | "
                 f"{total('recall') / n:.2f} | {total('copied'):.0f} | {total('probe_form'):.0f} |") in made
+
+
+def test_forms_of_the_probe_are_those_of_the_csv():
+    with open(HERE / "benchmarks/probe_forms.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    made = (HERE / "benchmarks/hotpotqa.md").read_text(encoding="utf-8")
+    for key in ("line_break", "inline", "space"):
+        right, wrong = ([float(row[key]) for row in rows if (float(row["f1"]) >= 0.5) == kind]
+                        for kind in (True, False))
+        a, b = sum(right) / len(right), sum(wrong) / len(wrong)
+        assert f"| {a:.2f} | {b:.2f} | {a - b:.2f} |" in made
