@@ -341,7 +341,7 @@ def tables(folder: Path, keep: bool) -> None:
     curves.sort(key=lambda row: (*key(row), row["step"]))
     write_csv("final", finals)
     write_csv("curves", curves)
-    lines = text(finals)
+    lines = text(read_csv("final"))         # as they were rounded there
     (HERE / "evidence.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     plot(curves)
