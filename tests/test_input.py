@@ -64,8 +64,9 @@ def test_help_explains_every_option(capsys):
         assert f"--{f.name}" in said and " ".join(f.metadata["help"].split()[:3]) in said
 
 
-def test_the_values_in_force(tmp_path):
+def test_the_values_in_force(tmp_path, monkeypatch):
     """What is given, over the demo's if there is no --model, over the defaults."""
+    monkeypatch.chdir(tmp_path)      # beside a runs/ of the user's own a run may be refused
     demo = igpo.parse_config(["--lr", "0.5"])
     other = igpo.parse_config(["--model", "m", "--gradient_checkpointing"])
     assert demo == replace(Config(), **{**DEMO, "lr": 0.5}, out="runs/policy-igpo-seed0")

@@ -312,7 +312,8 @@ def test_a_run_never_writes_into_a_folder_that_holds_something(half, options, tm
     assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter1"]
 
 
-def test_models_that_differ_behind_a_dot_get_folders_of_their_own():
+def test_models_that_differ_behind_a_dot_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)      # beside a runs/ of the user's own a run may be refused
     out = lambda *argv: parse_config([*argv]).out
     assert out("--model", "Qwen2.5-3B-Instruct") == "runs/Qwen2.5-3B-Instruct-igpo-seed0"
     name = out("--model", "some/where/Qwen2.5-7B.Q4_1.gguf", "--credit", "grpo", "--seed", "3")
