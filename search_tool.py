@@ -259,8 +259,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-# What str() made of a list or an object, and what joins the aliases in the authors' parquet.
-LISTED = re.compile(r"\s*(array\()?[\[{][\[{(\s]*['\"].*[\]})]\s*|.*<\|answer_split\|>.*", re.DOTALL)
+# A list or an object that str() made a text of: "['Ann']", "{'target': array(['Ann'])}".
+STRINGIFIED = re.compile(r"\s*(?:array\()?[\[{][\[{(\s]*['\"].*[\]})]\s*", re.DOTALL)
+SPLIT = "<|answer_split|>"  # joins the aliases in the official parquet
 
 
 def load_questions(path) -> list[dict]:
@@ -274,7 +275,7 @@ def load_questions(path) -> list[dict]:
         for name, texts in fields.items():
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise SearchError(f'{where}: field "{name}" is not text; python -m tools.data reads other layouts')
-            if name == "answers" and any(map(LISTED.fullmatch, texts)):
+            if name == "answers" and any(SPLIT in text or STRINGIFIED.fullmatch(text) for text in texts):
                 raise SearchError(f'{where}: field "answers" holds a list as a text; write ["one", "two"]')
             if name != "supporting" and not any(text.strip() for text in texts):
                 raise SearchError(f'{where}: field "{name}" is empty')

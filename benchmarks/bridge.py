@@ -41,9 +41,10 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import igpo
-from benchmarks.common import HERE, commit, machine, table
-from benchmarks.real_text import rollout_of
-from search_tool import Passage, Results, answer_words, load_questions, open_search
+from benchmarks.common import HERE, commit, machine, rounded, table
+from benchmarks.real_text import holds, rollout_of
+from search_tool import Passage, Results, load_questions, open_search
+from tools.data import yes_or_no
 from tools.warm_start import teachable
 
 REWARDS = {
@@ -109,7 +110,6 @@ def measure(
     lm, tokenizer, q: dict, r: igpo.Rollout, shown: list[list[Passage]], pool: list[Passage], draw, cfg
 ) -> list[dict]:
     """A row for each search of a rollout: what it brought, and the beliefs around it."""
-    words = lambda text: f" {' '.join(answer_words(text))} "
     schema, gold = igpo.encode(tokenizer, igpo.SCHEMA), q["answers"][0]
     probes = [schema + igpo.encode_gold(tokenizer, [form]) for form in gold_forms(q["answers"])]
     others = [draw.choice([p for p in pool if p.title not in q["supporting"]]) for _ in shown]
@@ -117,8 +117,7 @@ def measure(
     for row, passages in zip(walk(lm, tokenizer, r, probes, len(schema), others, cfg), shown):
         new = [p for p in passages if {p.id, p.title} & set(q["supporting"]) and p.title not in seen]
         seen |= {p.title for p in passages}
-        holds = any(words(gold) in words(f"{p.title} {p.text}") for p in new)
-        rows.append({"id": q["id"], "right": bool(new), "holds": holds, **row})
+        rows.append({"id": q["id"], "right": bool(new), "holds": any(holds(p, gold) for p in new), **row})
     return rows
 
 def of_the_demo(args) -> list[dict]:
@@ -140,7 +139,7 @@ def of_data(args) -> list[dict]:
     model, tokenizer = igpo.load_model(cfg)
     search, draw, rows = open_search(f"bm25:{corpus}"), random.Random(0), []
     asked = teachable(load_questions(igpo.locate(args.questions or f"{args.data}/dev.jsonl")), corpus)
-    asked = [(q, some) for q, some in asked if len(some) == 2 and not yes_no(q)][: args.limit]
+    asked = [(q, some) for q, some in asked if len(some) == 2 and not yes_or_no(q)][: args.limit]
     pool = [p for _, some in asked for p in some]
     for q, (one, two) in tqdm(asked):
         best = [p for p in search.search(q["question"], 8) if p.id not in (one.id, two.id)][:2]
@@ -149,9 +148,6 @@ def of_data(args) -> list[dict]:
             r = rollout_of(tokenizer, q["question"], path, cfg)
             rows += measure(igpo.unwrap(model), tokenizer, q, r, [[p] for p in path], pool, draw, cfg)
     return rows
-
-def yes_no(q: dict) -> bool:
-    return q["answers"][0].lower() in ("yes", "no")
 
 def auc(right: np.ndarray, wrong: np.ndarray) -> float:
     """How often a right one is above a wrong one, ties counting half.
@@ -203,9 +199,7 @@ def main() -> None:
             file.write(about + "\n")
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(
-                {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows
-            )
+            writer.writerows(map(rounded, rows))
     with open(path, newline="", encoding="utf-8") as file:
         about = file.readline()[2:].strip()
         rows = [{k: types.get(k, float)(v) for k, v in row.items()} for row in csv.DictReader(file)]

@@ -31,6 +31,10 @@ def table(head: list[str], rows: list[list], left: int = 1) -> list[str]:
     text = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
     return [text[0], "|" + "---|" * left + "---:|" * (len(head) - left), *text[1:]]
 
+def rounded(row: dict) -> dict:
+    """A row as it goes to a CSV: numbers with five digits."""
+    return {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+
 def machine(*packages: str) -> str:
     """What a measurement was made with, in one line."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"

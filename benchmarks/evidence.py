@@ -32,7 +32,7 @@ import torch
 from matplotlib.ticker import MaxNLocator
 
 import igpo
-from benchmarks.common import EARLIER, HERE, ROOT, commit, figure, searches, table
+from benchmarks.common import EARLIER, HERE, ROOT, commit, figure, rounded, searches, table
 from search_tool import load_questions, open_search
 from tools.comparators import CREDITS
 from tools.metrics import read_jsonl
@@ -373,7 +373,7 @@ def write_csv(name: str, rows: list[dict]) -> None:
         writer = csv.DictWriter(file, heads, restval="", lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
+            writer.writerow(rounded(row))
 
 TEXTS = {"regime": str, "setting": str, "commit": str, "options": str, "seed": int, "step": int}
 

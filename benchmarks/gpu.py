@@ -42,6 +42,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, StoppingCriteria
 
 import igpo
+from benchmarks.common import rounded
 from search_tool import Passage, Results
 from tools.comparators import CREDITS
 from tools.memory import memory_card
@@ -329,9 +330,7 @@ def compare(args, rest: list[str]) -> None:
             file, list(dict.fromkeys(key for row in rows for key in row)), restval="", lineterminator="\n"
         )
         writer.writeheader()
-        writer.writerows(
-            {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
+        writer.writerows(map(rounded, rows))
     print(f"{'done' if finished else 'the time is over; the same command goes on'}: {args.out}/curves.csv")
 
 def main(argv: list[str] | None = None) -> None:

@@ -53,15 +53,19 @@ def rollout_of(tokenizer, question: str, passages: list[Passage], cfg: igpo.Conf
         r.boundaries.append(len(r.ids))
     return r
 
+def holds(passage: Passage, gold: str) -> bool:
+    """Do the gold's words stand in the passage side by side?"""
+    words = lambda text: f" {' '.join(answer_words(text))} "
+    return words(gold) in words(f"{passage.title} {passage.text}")
+
 def measure(model, tokenizer, q: dict, supporting: list[Passage], best: list[Passage], cfg) -> list[dict]:
     """The six gains of a question: two searches in each of three rollouts."""
-    words = lambda text: f" {' '.join(answer_words(text))} "
     one, two = supporting
     paths, gold = [[one, two], [two, one], best], q["answers"][0]
     rollouts = [rollout_of(tokenizer, q["question"], path, cfg) for path in paths]
     _, beliefs = igpo.score(model, tokenizer, rollouts, [q["answers"]] * len(paths), cfg)
     return [{"id": q["id"], "supporting": n < 2, "turn": t, "yes_no": gold.lower() in ("yes", "no"),
-             "holds": words(gold) in words(f"{p.title} {p.text}"), "before": b[t], "after": b[t + 1]}
+             "holds": holds(p, gold), "before": b[t], "after": b[t + 1]}
             for n, (path, b) in enumerate(zip(paths, beliefs)) for t, p in enumerate(path)]
 
 GAINS = {"logprob": lambda row: row["after"] - row["before"],
@@ -115,7 +119,8 @@ def histogram(rows: list[dict], path: Path) -> None:
             axis.set_xlabel("information gain, nats per gold token")
             axis.legend(frameon=False, fontsize=9)
         axes[0][0].set_ylabel("share of gains")
-        fig.suptitle("Figures and marks at the bottom: means. The outer bins include all that lies beyond", fontsize=9)
+        fig.suptitle("Figures and marks at the bottom: means. The outer bins include all that lies beyond",
+                     fontsize=9)
 
 def run(args: argparse.Namespace) -> tuple[list[dict], dict]:
     """(gains, what they were measured with)."""

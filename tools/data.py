@@ -33,7 +33,7 @@ from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from tqdm import tqdm
 
-from search_tool import UserError, first_line, normalise, open_search
+from search_tool import SPLIT, STRINGIFIED, UserError, first_line, normalise, open_search
 
 BENCHMARKS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
@@ -44,8 +44,6 @@ CARRYING = {"hotpotqa": (FLASHRAG, "hotpotqa/{}.jsonl"),
 TRAIN = "python igpo.py --model Qwen2.5-1.5B-Instruct"
 CORPUS_WANTED = "With a corpus or a server of your own (--search): add --no_corpus"
 LONGEST_QUESTION, LONGEST_ANSWER = 1000, 200      # characters
-# A list or an object that str() made a text of: "['Ann']", "{'target': array(['Ann'])}".
-STRINGIFIED = re.compile(r"\s*(?:array\()?[\[{][\[{(\s]*['\"].*[\]})]\s*", re.DOTALL)
 # Scripts written without spaces, Thai to Khmer, kana and Han: each character is taken as a word.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 
@@ -203,7 +201,7 @@ def texts(value, field: str) -> list[str]:
     for item in inner if isinstance(inner, (list, tuple)) else [inner]:
         if STRINGIFIED.fullmatch(text_of(item, field)):
             raise ValueError(f'field "{field}" holds a list as a text, {ascii(item[:60])}: write JSON.')
-        found += item.split("<|answer_split|>")         # joins the aliases in the official parquet
+        found += item.split(SPLIT)
     return found
 
 
